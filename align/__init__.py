@@ -1,0 +1,1 @@
+"""Training of connectors between a frozen vision encoder and a frozen language model."""

@@ -1,0 +1,1 @@
+"""The command lines: they parse, call the library, and print."""

@@ -1,0 +1,1 @@
+"""A cache of frozen vision-encoder features: encode once, read back at memory speed."""
