@@ -17,66 +17,51 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from align.config import EvalConfig
+from align.data.tokens import SampleEncoder, TokenizedSample
 from align.vlm import AlignModel
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What the model continues.
-
-    input_ids: int64[t]. is_slot: bool[t], true where a visual token goes; the slots of all prompts
-    of a batch, in order, take the visual tokens of the batch's images, in order.
-    id: of the sample; with the seed it decides the sample's random numbers.
-    """
-
-    id: str
-    input_ids: Tensor
-    is_slot: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How the next token is chosen.
-
-    temperature: 0 takes the most likely token (then top_p and seed do nothing).
-    top_p: sampling is from the fewest most likely tokens that hold this share of the probability
-    (Holtzman et al. 2020). seed: a sample's numbers depend on it and on the sample's id alone, not
-    on the batch it is in.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 0.9
-    max_new_tokens: int = 64
-    seed: int = 0
+from featcache.manifests import Record
 
 
 @torch.inference_mode()
 def generate(
-    model: AlignModel, prompts: Sequence[Prompt], features: Tensor, decoding: Decoding
+    model: AlignModel,
+    encoder: SampleEncoder,
+    records: Sequence[Record],
+    features: Tensor,
+    config: EvalConfig,
 ) -> list[str]:
-    """The continuation of each prompt, up to the end-of-text token, which is left out.
+    """What the model says about each record's images, white space at the ends stripped.
 
-    features: float[I, P, D], the images of prompts[0], then of prompts[1], ...
+    encoder: writes the prompts and knows the tokens that end an answer. records: B of them; an
+    answer they hold is not shown to the model. features: float[I, P, D], the images of records[0],
+    then of records[1], ...; stored dtypes are fine.
+    config.temperature 0 takes the most likely token; above it, sampling is from the fewest most
+    likely tokens that hold `top_p` of the probability (Holtzman et al. 2020). A record's random
+    numbers depend on config.seed and its id alone, not on the batch it is in.
+
+    Raises TemplateError where a record does not fit the template.
     """
     llm = model.llm.model
-    device = llm.device
-    stop = torch.tensor(stop_ids(model), device=device)
-    input_ids, is_slot, mask = _left_padded(prompts, stop[0].item(), device)
-    uniform = _uniform(prompts, decoding).to(device)
+    stops = torch.tensor(encoder.stop_ids, dtype=torch.int64, device=features.device)
+    prompts = [encoder.encode_prompt(record) for record in records]
+    input_ids, is_slot, mask = (
+        padded.to(features.device) for padded in _left_padded(prompts, encoder.image_token_id)
+    )
+    uniform = _uniform(records, config).to(features.device)
     all_real = bool(mask.all())
 
-    embeds = model.inputs_embeds(input_ids, is_slot, features.to(device))
+    embeds = model.inputs_embeds(input_ids, is_slot, features)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=llm.config)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    done = torch.zeros(len(records), dtype=torch.bool, device=features.device)
     tokens: list[Tensor] = []
-    while len(tokens) < decoding.max_new_tokens:
+    while len(tokens) < config.max_new_tokens:
         logits = llm(
             inputs_embeds=embeds,
             # Without padding the plain causal kernel runs.
@@ -86,74 +71,67 @@ def generate(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        token = _choose(logits.float(), uniform[:, len(tokens)], decoding)
+        token = _choose(logits.float(), uniform[:, len(tokens)], config)
         tokens.append(token)
-        done |= torch.isin(token, stop)
+        done |= torch.isin(token, stops)
         if done.all():
             break
-        embeds = llm.get_input_embeddings()(token)[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        embeds = model.llm.embedding(token)[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(records), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    rows = torch.stack(tokens, dim=1).tolist()
-    ends = set(stop.tolist())
-    return [model.llm.tokenizer.decode(_until(row, ends), skip_special_tokens=True) for row in rows]
+    said = torch.stack(tokens, dim=1).tolist()
+    decode = encoder.tokenizer.decode
+    return [decode(_until(row, encoder.stop_ids)).strip() for row in said]
 
 
-def _until(row: list[int], ends: set[int]) -> list[int]:
-    """The tokens before the first that is in `ends`."""
-    return row[: next((index for index, token in enumerate(row) if token in ends), len(row))]
+def _until(row: list[int], stops: Sequence[int]) -> list[int]:
+    """The tokens before the first that is in `stops`."""
+    return row[: next((index for index, token in enumerate(row) if token in stops), len(row))]
 
 
-def _left_padded(
-    prompts: Sequence[Prompt], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids int64[B, T], is_slot bool[B, T], mask int64[B, T] (1 where the token is real)."""
+def _left_padded(prompts: Sequence[TokenizedSample], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids int64[B, T], is_slot bool[B, T], mask int64[B, T] (1 where the token is real).
+
+    pad_id: any token; where it stands, the mask is 0.
+    """
     longest = max(len(prompt.input_ids) for prompt in prompts)
     input_ids = torch.full((len(prompts), longest), pad_id)
     is_slot = torch.zeros((len(prompts), longest), dtype=torch.bool)
     mask = torch.zeros((len(prompts), longest), dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         start = longest - len(prompt.input_ids)
-        input_ids[row, start:] = prompt.input_ids
-        is_slot[row, start:] = prompt.is_slot
+        input_ids[row, start:] = torch.from_numpy(prompt.input_ids)
+        is_slot[row, start:] = torch.from_numpy(prompt.is_slot)
         mask[row, start:] = 1
-    return input_ids.to(device), is_slot.to(device), mask.to(device)
+    return input_ids, is_slot, mask
 
 
-def _uniform(prompts: Sequence[Prompt], decoding: Decoding) -> Tensor:
-    """float32[B, max_new_tokens] in [0, 1): each sample's own numbers, drawn on the CPU so that
+def _uniform(records: Sequence[Record], config: EvalConfig) -> Tensor:
+    """float32[B, max_new_tokens] in [0, 1): each record's own numbers, drawn on the CPU so that
     every device sees the same.
     """
     rows = []
-    for prompt in prompts:
-        digest = hashlib.blake2b(f"{decoding.seed}:{prompt.id}".encode(), digest_size=8).digest()
+    for record in records:
+        digest = hashlib.blake2b(f"{config.seed}:{record.id}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        rows.append(torch.rand(decoding.max_new_tokens, generator=generator))
+        rows.append(torch.rand(config.max_new_tokens, generator=generator))
     return torch.stack(rows)
 
 
-def _choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
+def _choose(logits: Tensor, uniform: Tensor, config: EvalConfig) -> Tensor:
     """The next token int64[B] from logits float32[B, V] and uniform float32[B].
 
     Sampling inverts the cumulative distribution over the tokens that top_p keeps, the most likely
     first.
     """
-    if decoding.temperature == 0:
+    if config.temperature == 0:
         return logits.argmax(dim=-1)
-    share, order = (logits / decoding.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    share, order = (logits / config.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     before = share.cumsum(dim=-1) - share
-    share = share.masked_fill(before >= decoding.top_p, 0.0)
+    share = share.masked_fill(before >= config.top_p, 0.0)
     cumulative = share.cumsum(dim=-1)
     wanted = uniform[:, None] * cumulative[:, -1:]
     # right=True: the first token whose cumulative share exceeds `wanted`, so never one of share 0.
     index = torch.searchsorted(cumulative, wanted, right=True)
     last_kept = (share > 0).sum(dim=-1, keepdim=True) - 1
     return order.gather(-1, torch.minimum(index, last_kept)).squeeze(-1)
-
-
-def stop_ids(model: AlignModel) -> list[int]:
-    """The tokens that end a text: the tokenizer's end-of-text and those the checkpoint names."""
-    tokenizer = model.llm.tokenizer
-    named = model.llm.model.generation_config.eos_token_id
-    extra = [] if named is None else [named] if isinstance(named, int) else list(named)
-    return list(dict.fromkeys([tokenizer.eos_token_id, *extra]))

@@ -168,7 +168,10 @@ def _splits(run_dir: Path, image_root: Path) -> list[Split]:
         wrong = {row["id"]: row["generated"] for row in _read_jsonl(other / "captions.jsonl")}
         ranked = sorted(captions, key=_rank)
         half = len(ranked) // 2
-        worst, best = ranked[: min(SHOWN_CAPTIONS, half)], ranked[max(half, len(ranked) - SHOWN_CAPTIONS) :]
+        worst, best = (
+            ranked[: min(SHOWN_CAPTIONS, half)],
+            ranked[max(half, len(ranked) - SHOWN_CAPTIONS) :],
+        )
         split.worst = [_card(row, wrong, image_root) for row in worst]
         split.best = [_card(row, wrong, image_root) for row in reversed(best)]
         splits.append(split)
