@@ -48,18 +48,18 @@ def generate(
     Raises TemplateError where a record does not fit the template.
     """
     llm = model.llm.model
-    stops = torch.tensor(encoder.stop_ids, dtype=torch.int64, device=features.device)
+    stops = torch.tensor(encoder.stop_ids, dtype=torch.int64, device=model.device)
     prompts = [encoder.encode_prompt(record) for record in records]
     input_ids, is_slot, mask = (
-        padded.to(features.device) for padded in _left_padded(prompts, encoder.image_token_id)
+        padded.to(model.device) for padded in _left_padded(prompts, encoder.image_token_id)
     )
-    uniform = _uniform(records, config).to(features.device)
+    uniform = _uniform(records, config).to(model.device)
     all_real = bool(mask.all())
 
-    embeds = model.inputs_embeds(input_ids, is_slot, features)
+    embeds = model.inputs_embeds(input_ids, is_slot, features.to(model.device))
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=llm.config)
-    done = torch.zeros(len(records), dtype=torch.bool, device=features.device)
+    done = torch.zeros(len(records), dtype=torch.bool, device=model.device)
     tokens: list[Tensor] = []
     while len(tokens) < config.max_new_tokens:
         logits = llm(
