@@ -193,7 +193,9 @@ class ShardEncoder:
                 good.append(i)
         if not good:
             return len(loaded)
-        pixels = torch.from_numpy(np.stack([loaded[i].pixels for i in good]))
+        pixels = torch.from_numpy(
+            np.stack([image.pixels for image in loaded if image.pixels is not None])
+        )
         encoded = self._encoder.encode(pixels)
         outputs = {f"layer {layer}": values for layer, values in encoded.features.items()}
         if encoded.pooled is not None:

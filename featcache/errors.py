@@ -60,4 +60,4 @@ class CorruptStoreError(StoreError):
 
 
 class FingerprintMismatch(StoreError):  # noqa: N818 - reads as what happened
-    """The store was made by other means than the run needs; the message is a field-by-field diff."""
+    """The store was made by other means than the run needs; the message lists the fields."""

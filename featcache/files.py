@@ -12,14 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 PARTIAL = ".partial-"
 
-Buffer = bytes | memoryview | np.ndarray[Any, Any]
 
-
-def publish(path: Path, parts: Iterable[Buffer]) -> int:
+def publish(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     """Write `parts` one after the other to `path`, atomically; returns the bytes written.
 
     Raises OSError as the file system gives it (ENOSPC, EACCES, ...); `path` is then untouched.

@@ -9,6 +9,7 @@ Letters: K keys, R rows.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import xxhash
 
 from featcache import layout
 from featcache.errors import CorruptStoreError
-from featcache.files import publish
+from featcache.files import publish, publish_json
 from featcache.layout import Status, StoreInfo, read_array, write_array
 from featcache.writer import Commit
 
@@ -77,8 +78,6 @@ class Plan:
         return self.new_digests[start : start + self.shard_images]
 
     def save(self, root: Path) -> None:
-        import io
-
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -238,7 +237,7 @@ def compile_index(root: Path, info: StoreInfo) -> None:
     generation = f"index/{latest.generation:08d}"
     base = root / generation
     shutil.rmtree(base, ignore_errors=True)
-    arrays = {
+    arrays: dict[str, np.ndarray[Any, Any]] = {
         "key_hash": hashes[order],
         "key_bytes": np.frombuffer(b"".join(ordered), np.uint8),
         "key_ends": np.cumsum([len(key) for key in ordered], dtype=np.uint64),
@@ -276,8 +275,6 @@ def read_shard_index(path: Path, images: int) -> np.ndarray[Any, Any]:
 
 
 def write_group(path: Path) -> None:
-    from featcache.files import publish_json
-
     publish_json(path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
 
 

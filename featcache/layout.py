@@ -225,7 +225,7 @@ def write_array(path: Path, values: np.ndarray[Any, Any]) -> None:
     values = np.ascontiguousarray(values)
     key = "/".join(["c"] + ["0"] * values.ndim)
     if values.size:
-        publish(path / key, [values.astype(values.dtype.newbyteorder("<"), copy=False)])
+        publish(path / key, [values.astype(values.dtype.newbyteorder("<"), copy=False).data])
     chunk = tuple(max(1, n) for n in values.shape)
     publish_json(path / "zarr.json", array_metadata(values.shape, values.dtype.name, chunk=chunk))
 

@@ -16,7 +16,10 @@ from typing import Any
 from featcache.errors import ManifestError
 
 IMAGE_SUFFIXES = frozenset(
-    [".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"]
+    f".{suffix}"
+    for suffix in (
+        "apng avif bmp gif jfif jp2 jpeg jpg png ppm tif tiff webp".split()  # noqa: SIM905
+    )
 )
 IMAGE_TOKEN = "<image>"
 NO_IMAGE = frozenset(("", "None", "none", "nan"))
@@ -69,7 +72,7 @@ class Manifest:
         return list(dict.fromkeys(key for record in self.records for key in record.images))
 
 
-class _Unusable(Exception):
+class _UnusableError(Exception):
     """Why one record is skipped."""
 
 
@@ -95,7 +98,7 @@ def read_manifest(files: Sequence[Path | str], image_root: Path | str | None = N
         for origin, entry in _directory(path, root) if path.is_dir() else _entries(path):
             try:
                 manifest.records.append(_record(entry, origin, root))
-            except _Unusable as reason:
+            except _UnusableError as reason:
                 manifest.skipped.append(Skipped(origin, str(reason)))
     if not manifest.records:
         why = f"; the first was skipped: {manifest.skipped[0].reason}" if manifest.skipped else ""
@@ -147,14 +150,14 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _record(entry: Any, origin: str, root: Path) -> Record:
     if not isinstance(entry, dict):
-        raise _Unusable(f"not a JSON object but {type(entry).__name__}")
+        raise _UnusableError(f"not a JSON object but {type(entry).__name__}")
     if entry.get("video") and entry.get("image"):
-        raise _Unusable("has both an image and a video")
+        raise _UnusableError("has both an image and a video")
     images = tuple(_key(name, root) for name in _image_names(entry))
     if "caption" in entry:
         caption = entry["caption"]
         if not isinstance(caption, str) or not caption.strip():
-            raise _Unusable("the caption is empty")
+            raise _UnusableError("the caption is empty")
         turns: tuple[Turn, ...] = (
             Turn("human", f"{IMAGE_TOKEN}\n" * len(images)),
             Turn("gpt", caption.strip()),
@@ -162,7 +165,7 @@ def _record(entry: Any, origin: str, root: Path) -> Record:
     elif "conversations" in entry:
         turns = _turns(entry["conversations"])
     else:
-        raise _Unusable('has neither "caption" nor "conversations"')
+        raise _UnusableError('has neither "caption" nor "conversations"')
     identity = entry.get("id")
     source = entry.get("source")
     return Record(
@@ -178,36 +181,39 @@ def _image_names(entry: dict[str, Any]) -> list[str]:
     """`images` (seed 002) or `image`, one or a list; none where the text says so."""
     value = entry.get("images", entry.get("image"))
     names = value if isinstance(value, list) else [value]
-    names = [name for name in names if name is not None and str(name) not in NO_IMAGE]
+    found: list[str] = []
     for name in names:
+        if name is None or str(name) in NO_IMAGE:
+            continue
         if not isinstance(name, str):
-            raise _Unusable(f"an image path is {type(name).__name__}, not text: {name!r}")
-    return names
+            raise _UnusableError(f"an image path is {type(name).__name__}, not text: {name!r}")
+        found.append(name)
+    return found
 
 
 def _key(name: str, root: Path) -> str:
-    """The image's path relative to the root, in one spelling. Raises _Unusable outside of it."""
+    """The image's path relative to the root, in one spelling; outside of it it is unusable."""
     path = name
     if posixpath.isabs(name):
         path = os.path.relpath(os.path.normpath(name), Path(root).absolute())
     key = posixpath.normpath(path)
     if key == ".." or key.startswith("../") or posixpath.isabs(key):
-        raise _Unusable(f"the image path {name!r} leaves the image root {root}")
+        raise _UnusableError(f"the image path {name!r} leaves the image root {root}")
     if "\0" in key:
-        raise _Unusable(f"the image path {name!r} holds a zero byte")
+        raise _UnusableError(f"the image path {name!r} holds a zero byte")
     return key
 
 
 def _turns(value: Any) -> tuple[Turn, ...]:
     if not isinstance(value, list):
-        raise _Unusable('"conversations" is not a list')
+        raise _UnusableError('"conversations" is not a list')
     turns: list[Turn] = []
     for turn in value:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise _Unusable('a turn lacks its "value" text')
+            raise _UnusableError('a turn lacks its "value" text')
         role = turn.get("from")
         if role not in ("human", "gpt", "system"):
-            raise _Unusable(f'a turn is from {role!r}; known are "human", "gpt" and "system"')
+            raise _UnusableError(f'a turn is from {role!r}; known are "human", "gpt" and "system"')
         turns.append(Turn(role, turn["value"]))
     if turns and turns[0].role == "gpt":
         # As the originals do: an answer without a question is dropped (RECIPES, section 6).

@@ -99,7 +99,7 @@ class ShardBuffer:
         checksums = {}
         for layer, values in features.items():
             self._chunks[layer][slot, : self.geometry.chunk_bytes] = values
-            checksums[layer] = xxhash.xxh3_64_intdigest(values)
+            checksums[layer] = xxhash.xxh3_64_intdigest(values.data)
         if pooled is not None:
             self._pooled[slot] = pooled
         self.rows[slot] = RowRecord(Status.OK, "", size, checksums)
@@ -125,14 +125,14 @@ class ShardBuffer:
                 path = layout.shard_path(layer, self.shard)
                 used = int(present.nonzero()[0].max()) + 1 if present.any() else 0
                 index = self.geometry.encode_index(present)
-                parts = [chunks[:used], index] if used else [index]
+                parts = [chunks[:used].data, index] if used else [index]
                 files[path] = publish(root / path, parts)
             if self._pooled.size:
                 self._pooled[~present] = np.frombuffer(
                     nan * (self._pooled.shape[1] // len(nan)), np.uint8
                 )
                 path = layout.pooled_path(self.shard)
-                files[path] = publish(root / path, [self._pooled])
+                files[path] = publish(root / path, [self._pooled.data])
             self.seconds["write"] = time.perf_counter() - start
             commit = Commit(self.shard, self.rows, files, self.seconds)
             commit.save(root)
