@@ -58,7 +58,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def diff(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """The fields that differ, as (dotted path, left value, right value); absent is None."""
-    a, b = dict(_flatten(left)), dict(_flatten(right))
+    a, b = dict(flatten(left)), dict(flatten(right))
     return [(key, a.get(key), b.get(key)) for key in sorted(a | b) if a.get(key) != b.get(key)]
 
 
@@ -78,10 +78,11 @@ def require_same(
         raise FingerprintMismatch(f"{left_name} and {right_name} do not match: {listed}; {cure}")
 
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A nested mapping's leaves as (dotted path, value)."""
     for key, item in value.items():
         if isinstance(item, Mapping):
-            yield from _flatten(item, f"{prefix}{key}.")
+            yield from flatten(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
 

@@ -125,8 +125,8 @@ class ShardBuffer:
                 path = layout.shard_path(layer, self.shard)
                 used = int(present.nonzero()[0].max()) + 1 if present.any() else 0
                 index = self.geometry.encode_index(present)
-                parts = [chunks[:used].data, index] if used else [index]
-                files[path] = publish(root / path, parts)
+                parts: list[bytes | memoryview] = [chunks[:used].data] if used else []
+                files[path] = publish(root / path, [*parts, index])
             if self._pooled.size:
                 self._pooled[~present] = np.frombuffer(
                     nan * (self._pooled.shape[1] // len(nan)), np.uint8
