@@ -23,11 +23,12 @@ from align.demo.shapes import (
     sample_scenes,
 )
 
+# What stands between image and caption in the template `caption`; the first is its default.
 PROMPTS = (
-    "\nDescribe the image in one sentence.",
     "\nDescribe the image in one sentence.\n",
-    "\nDescribe the image.",
-    "\nWhat is in the image?",
+    "\nDescribe the image in one sentence.",
+    "\nDescribe the image.\n",
+    "\nWhat is in the image?\n",
     "\n",
 )
 # Words that say nothing about a scene; the language model learns to pass over them.
