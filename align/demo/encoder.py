@@ -1,0 +1,210 @@
+"""Train the tiny SigLIP: image-text contrast with the sigmoid loss, on the shapes set.
+
+The texts of a step are the full captions of the scenes, captions that differ from them in one
+attribute, and statements that leave attributes open ("a red thing above a square"); each pair
+of an image and a text is labelled by whether the text is true of the scene.
+
+Shape letters: B scenes, S statements, L text length in tokens, P patches, D encoder width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
+
+from align.demo.language import code, hard_negative, partial_statement, statement_text, truth
+from align.demo.shapes import IMAGE_SIZE, Scene, place, render, sample_scenes
+from align.demo.tokenizer import END_OF_TEXT
+
+PATCH_SIZE = 8
+WIDTH = 96
+LEARNING_RATE = 2e-3
+BATCH_SCENES = 96
+_TEXT_LENGTH = 14
+_EVAL_SCENES = 512
+
+
+def build_encoder(vocab_size: int, seed: int) -> SiglipModel:
+    """A SigLIP of 4 vision and 2 text layers, with the published initial scale and bias."""
+    torch.manual_seed(seed)
+    config = SiglipConfig(
+        vision_config={
+            "hidden_size": WIDTH,
+            "intermediate_size": 4 * WIDTH,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH_SIZE,
+        },
+        text_config={
+            "vocab_size": vocab_size,
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": _TEXT_LENGTH,
+            "projection_size": WIDTH,
+            "pad_token_id": 0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    )
+    config._attn_implementation = "sdpa"
+    model = SiglipModel(config)
+    with torch.no_grad():
+        # With Hugging Face's zeros every pair starts as a coin toss and the many negatives drown
+        # the few positives; the paper's values start near the prior "false".
+        model.logit_scale.fill_(math.log(10))
+        model.logit_bias.fill_(-10)
+    return model
+
+
+def train_encoder(
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    steps: int,
+    seed: int,
+    log: Callable[[str], None],
+) -> SiglipModel:
+    """Train from nothing for `steps` steps of 96 new images each; `log` gets a line now and then."""
+    model = build_encoder(vocab_size, seed)
+    rng = np.random.default_rng([seed, 1])
+    gains = [p for p in model.parameters() if p.ndim < 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": gains, "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.95),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: warmup_cosine(s, steps))
+    model.train()
+    for step in range(steps):
+        scenes = list(sample_scenes(BATCH_SCENES, rng))
+        pixels = pixels_of([render(scene, rng) for scene in scenes])
+        statements = _statements(scenes, rng)
+        texts = [statement_text(statement, rng) for statement in statements]
+        labels = truth(np.array([code(s) for s in scenes]), statements)
+        logits = _logits(model, pixels, encode_texts(tokenizer, texts))
+        signs = torch.from_numpy(labels).float() * 2 - 1
+        loss = -F.logsigmoid(signs * logits).sum() / BATCH_SCENES
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            log(f"encoder step {step}/{steps} loss {loss.item():.3f}")
+    return model.eval()
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """Learning-rate factor: 0 -> 1 over the first 5 % of the steps, then a cosine to 0.02."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _statements(scenes: list[Scene], rng: np.random.Generator) -> np.ndarray:
+    """int[3B, 7]: for each scene its caption, a hard negative of it, and a partial statement."""
+    rows = [code(scene) for scene in scenes]
+    rows += [code(hard_negative(scene, rng)) for scene in scenes]
+    rows += [partial_statement(scene, rng) for scene in scenes]
+    return np.array(rows)
+
+
+def _logits(model: SiglipModel, pixels: torch.Tensor, text_ids: torch.Tensor) -> torch.Tensor:
+    """float[B, S]: the sigmoid's logit of every pair. (SiglipModel's own forward pads its loss
+    to one text an image.)"""
+    images = F.normalize(model.vision_model(pixel_values=pixels).pooler_output, dim=-1)
+    texts = F.normalize(model.text_model(input_ids=text_ids).pooler_output, dim=-1)
+    return images @ texts.T * model.logit_scale.exp() + model.logit_bias
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+    """int64[S, L] padded to the full length, as SigLIP reads its texts from the last position."""
+    pad = tokenizer.token_to_id(END_OF_TEXT)
+    rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    return torch.tensor([row + [pad] * (_TEXT_LENGTH - len(row)) for row in rows])
+
+
+def pixels_of(images: list[np.ndarray]) -> torch.Tensor:
+    """float32[B, 3, 64, 64] in -1..1 from uint8[64, 64, 3] images: what the saved processor does."""
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return stacked.float().div(127.5).sub(1).contiguous()
+
+
+def save_encoder(model: SiglipModel, out: Path) -> None:
+    """Write config.json, model.safetensors and preprocessor_config.json for plain transformers."""
+    model.save_pretrained(out)
+    SiglipImageProcessor(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        resample=3,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    ).save_pretrained(out)
+
+
+@torch.inference_mode()
+def hard_retrieval(
+    model: SiglipModel, tokenizer: Tokenizer, seed: int, count: int = _EVAL_SCENES
+) -> float:
+    """Share of `count` held-out scenes whose caption beats its hard negative."""
+    rng = np.random.default_rng([seed, 2])
+    scenes = list(sample_scenes(count, rng, held_out_only=True))
+    right = [code(scene) for scene in scenes]
+    wrong = [code(hard_negative(scene, rng)) for scene in scenes]
+    texts = [statement_text(c, rng) for c in right + wrong]
+    pixels = pixels_of([render(scene, rng) for scene in scenes])
+    logits = _logits(model, pixels, encode_texts(tokenizer, texts))
+    own, other = logits.diagonal(), logits.diagonal(offset=count)
+    return (own > other).float().mean().item()
+
+
+@torch.inference_mode()
+def probe(model: SiglipModel, seed: int, layer: int = -2) -> dict[str, float]:
+    """What a linear map reads from the patch under an object's centre, at `hidden_states[layer]`:
+    accuracy of size, colour, shape (held-out scenes), and of position (within half a patch).
+
+    Ridge regression on one-hot targets, fitted on 2,000 training scenes.
+    """
+    features, targets = {}, {}
+    for split, count in (("train", 2000), ("val", _EVAL_SCENES)):
+        rng = np.random.default_rng([seed, 3 if split == "train" else 4])
+        images, centres, codes = [], [], []
+        for scene in sample_scenes(count, rng, held_out_only=split == "val"):
+            picture_seed = int(rng.integers(2**31))
+            images.append(render(scene, np.random.default_rng(picture_seed)))
+            centres.append(place(scene, np.random.default_rng(picture_seed)))
+            codes.append(code(scene))
+        hidden = model.vision_model(
+            pixel_values=pixels_of(images), output_hidden_states=True
+        ).hidden_states[layer]
+        xy = torch.tensor(centres)  # [B, 2 objects, (x, y)]
+        cell = (xy / PATCH_SIZE).long()
+        patch = cell[..., 1] * (IMAGE_SIZE // PATCH_SIZE) + cell[..., 0]
+        picked = hidden.gather(1, patch[..., None].expand(-1, -1, hidden.shape[-1]))
+        flat = picked.flatten(0, 1).double()
+        features[split] = torch.cat([flat, torch.ones(len(flat), 1)], dim=1)
+        table = torch.tensor(codes)
+        by_object = torch.stack([table[:, :3], table[:, 4:]], dim=1).flatten(0, 1)
+        targets[split] = (by_object, xy.flatten(0, 1).double())
+    x = features["train"]
+    gram = x.T @ x + 1e-2 * torch.eye(x.shape[1], dtype=torch.float64)
+    result = {}
+    for index, name in enumerate(("size", "colour", "shape")):
+        one_hot = F.one_hot(targets["train"][0][:, index]).double()
+        weights = torch.linalg.solve(gram, x.T @ one_hot)
+        guess = (features["val"] @ weights).argmax(1)
+        result[name] = (guess == targets["val"][0][:, index]).double().mean().item()
+    weights = torch.linalg.solve(gram, x.T @ targets["train"][1])
+    error = (features["val"] @ weights - targets["val"][1]).abs()
+    result["position"] = (error < PATCH_SIZE / 2).all(1).double().mean().item()
+    return result
