@@ -59,7 +59,7 @@ class AlignModel(nn.Module):
         supervised tokens of a step must happen outside.
         """
         with self.precision():
-            embeds = self.inputs_embeds(batch.input_ids, batch.slots, self.visual(batch.features))
+            embeds = self.inject(batch.input_ids, batch.slots, self.visual(batch.features))
             hidden = self.llm.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
             supervised = hidden.flatten(0, 1).index_select(0, batch.predictors)
             loss = linear_cross_entropy(supervised, self.llm.head, batch.targets)
@@ -71,7 +71,17 @@ class AlignModel(nn.Module):
         tokens: Tensor = self.connector(features.to(dtype))
         return tokens
 
-    def inputs_embeds(self, input_ids: Tensor, slots: Tensor, visual: Tensor) -> Tensor:
+    def inputs_embeds(self, input_ids: Tensor, is_slot: Tensor, features: Tensor) -> Tensor:
+        """What the backbone starts from, float[B, T, H], for padding on either side.
+
+        input_ids: int64[B, T]; is_slot: bool[B, T]; features: float[I, P, D], the images in the
+        order of their slots.
+        """
+        with self.precision():
+            slots = is_slot.flatten().nonzero().squeeze(1)
+            return self.inject(input_ids, slots, self.visual(features))
+
+    def inject(self, input_ids: Tensor, slots: Tensor, visual: Tensor) -> Tensor:
         """float[B, T, H]: embeddings of input_ids int64[B, T], with visual tokens in the slots.
 
         slots: int64[I * Q], flat positions b * T + t, rising; visual: float[I, Q, H].
@@ -82,7 +92,7 @@ class AlignModel(nn.Module):
         return text.flatten(0, 1).index_copy(0, slots, tokens).view_as(text)
 
     def precision(self) -> AbstractContextManager[object]:
-        """Autocast where it is asked for; both paths, training and generation, run inside it."""
+        """Autocast where it is asked for."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)

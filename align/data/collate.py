@@ -18,7 +18,7 @@ from torch import Tensor
 from align.data.dataset import LeftOut, Sample
 from align.data.tokens import IGNORE, SampleEncoder, TokenizedSample
 from align.errors import DataError, TemplateError
-from featcache.reader import Store
+from featcache.store import Store
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ class Loader:
     """Streams batches of a split; features are read in the background, in order.
 
     layer: of the store.
-    threads, depth: of the reader, see `featcache.reader`.
+    threads, depth: of the reader, see `featcache.reader.FeatureReader`.
     skipped: samples that turned out, once tokenised, to have nothing to learn.
     """
 
@@ -125,7 +125,7 @@ class Loader:
 
         Raises DataError for a batch of which no sample can be used.
         """
-        # Tokenised as the reader asks for rows, which it does ahead of time in its own thread.
+        # Tokenised as the reader asks for rows: `depth` batches ahead of the one in use.
         ahead: deque[tuple[list[TokenizedSample], list[Sample]]] = deque()
 
         def rows() -> Iterator[NDArray[np.int64]]:

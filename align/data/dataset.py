@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from align.data.templates import TemplateConfig, render
 from align.errors import DataError, TemplateError
 from featcache.manifests import Record, read_manifest
-from featcache.reader import Store
+from featcache.store import Store
 
 
 @dataclass
