@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 
 from align.config import EvalConfig
 from align.data.collate import Batch, Loader
-from align.data.dataset import Sample
+from align.data.dataset import LeftOut, Sample
 from align.data.sampling import in_order
 from align.data.templates import answer
-from align.errors import DataError
+from align.data.tokens import SampleEncoder
+from align.errors import DataError, TemplateError
 from align.generate import generate
 from align.loss import CHUNK_BYTES
 from align.metrics import Figure, score_caption, summarise
@@ -66,7 +67,7 @@ class EvalResult:
     """What one evaluation found.
 
     folder: where it lies on disk. split_size: samples of the whole split, `len(captions)` of which
-    were evaluated. figures: by name; "loss" and "token_accuracy" are means over supervised tokens,
+    were evaluated. left_out: samples that no sequence could be made of. figures: by name; "loss" and "token_accuracy" are means over supervised tokens,
     their n counts tokens, all others are means over captions.
     """
 
@@ -75,6 +76,7 @@ class EvalResult:
     shuffled: bool
     step: int
     split_size: int
+    left_out: LeftOut
     decoding: EvalConfig
     figures: dict[str, Figure]
     captions: list[Caption]
@@ -88,6 +90,7 @@ class EvalResult:
             "step": self.step,
             "n": len(self.captions),
             "split_size": self.split_size,
+            "left_out": self.left_out.counts,
             "decoding": dataclasses.asdict(self.decoding),
             "metrics": {name: dataclasses.asdict(figure) for name, figure in self.figures.items()},
         }
@@ -111,7 +114,7 @@ def evaluate(
     """
     decoding = decoding or run.config.eval
     of_split = run.splits.split(split)
-    samples = of_split[:limit]
+    samples, left_out = _that_fit(of_split[:limit], run.encoder)
     shown = shuffled(samples) if shuffle_features else list(samples)
     key_of_row = {
         int(row): key
@@ -124,8 +127,6 @@ def evaluate(
     batches = list(in_order(len(shown), decoding.batch_size))
     for indices, batch in zip(batches, loader.stream(batches), strict=True):
         own = [shown[index] for index in indices.tolist()]
-        if len(batch.ids) != len(own):
-            raise DataError(f"split {split}: {loader.skipped}; these cannot be evaluated")
         batch = batch.to(run.model.device)
         losses, hits = score_tokens(run.model, batch)
         said = generate(run.model, run.encoder, [s.record for s in own], batch.features, decoding)
@@ -140,12 +141,31 @@ def evaluate(
         shuffled=shuffle_features,
         step=run.step,
         split_size=len(of_split),
+        left_out=left_out,
         decoding=decoding,
         figures=_figures(captions),
         captions=captions,
     )
     _write(result)
     return result
+
+
+def _that_fit(samples: Sequence[Sample], encoder: SampleEncoder) -> tuple[list[Sample], LeftOut]:
+    """The samples that a sequence can be made of, and the others by reason.
+
+    Raises DataError where none is left.
+    """
+    fitting, left_out = [], LeftOut()
+    for sample in samples:
+        try:
+            encoder.encode(sample.record)
+        except TemplateError as error:
+            left_out.add(str(error), sample.record.id)
+        else:
+            fitting.append(sample)
+    if not fitting:
+        raise DataError(f"none of {len(samples)} samples can be evaluated: {left_out}")
+    return fitting, left_out
 
 
 def shuffled(samples: Sequence[Sample], seed: int = SHUFFLE_SEED) -> list[Sample]:
@@ -190,9 +210,7 @@ def score_tokens(
         supervised = hidden.flatten(0, 1).index_select(0, batch.predictors)  # [N, H]
         losses, hits = [], []
         rows = max(1, CHUNK_BYTES // (4 * len(model.llm.head)))
-        for chunk, targets in zip(
-            supervised.split(rows), batch.targets.split(rows), strict=True
-        ):
+        for chunk, targets in zip(supervised.split(rows), batch.targets.split(rows), strict=True):
             logits = (chunk @ model.llm.head.T).float()
             losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
             hits.append(logits.argmax(dim=1) == targets)

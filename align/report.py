@@ -13,15 +13,20 @@ import base64
 import difflib
 import io
 import json
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.errors import RunError
-from featcache.errors import ConfigError
+from align.config import RunConfig, load_config
+from align.run import RunFolder
+from align.tracking import read_metrics
+from featcache.errors import ConfigError, ImageError, StoreError
 from featcache.files import publish
+from featcache.images import load_image
+from featcache.layout import StoreInfo
 
 SHOWN_CAPTIONS = 12  # of the best, and as many of the worst
 SHOWN_STEPS = 12  # sample captions: at most so many steps, the first and the last among them
@@ -51,7 +56,7 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One evaluated sample: its images as data URIs ("" where the file is gone) and its captions."""
+    """One evaluated sample. images: as data URIs, "" where the file is gone."""
 
     id: str
     images: list[str]
@@ -63,7 +68,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """One figure: with the features, with another image's, and of captions that ignore the image."""
+    """One figure: with the right features, with another image's, and by chance."""
 
     name: str
     value: str
@@ -97,10 +102,9 @@ class Story:
 def write_report(run_dir: Path) -> Path:
     """Writes `run_dir/report.html` and returns its path.
 
-    Raises RunError where `run_dir` is no run, ConfigError where jinja2 or matplotlib is missing.
+    Raises RunError where `run_dir` is no run's folder, ConfigError where jinja2 or matplotlib is missing.
     """
-    if not (run_dir / "run.json").is_file():
-        raise RunError(f"{run_dir}: no run here (run.json is missing); see `align train --out`")
+    RunFolder(run_dir).read_info()
     try:
         import jinja2
         import matplotlib  # noqa: F401 - only to say here, before any work, what is missing
@@ -122,21 +126,52 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _context(run_dir: Path) -> dict[str, Any]:
-    run = json.loads((run_dir / "run.json").read_text())
-    log = _read_jsonl(run_dir / "metrics.jsonl")
-    image_root = Path(run["images"])
-    config = run_dir / "config.yaml"
+    folder = RunFolder(run_dir)
+    info = folder.read_info()
+    config = load_config(folder.config)
+    log = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+    image_root = _image_root(config, info)
+    samples = info["samples"]
     return {
         "title": run_dir.resolve().name,
-        "subtitle": "",
+        "subtitle": (
+            f"{config.connector.name} between {info['store']['encoder']['name']} and {info['llm']['name']}, "
+            f"{info['status']} at step {info['step']:,} of {info['total_steps']:,}"
+        ),
         "splits": _splits(run_dir, image_root),
         "curves": _curves(log),
         "stories": _stories(log, image_root),
-        "left_out": [],
-        "facts": [],
-        "config": config.read_text() if config.is_file() else "",
-        "documents": [],
+        "left_out": sorted(samples["left_out"].items(), key=lambda item: -item[1]),
+        "facts": [
+            ("Samples", f"{samples['train']:,} trained on, {samples['val']:,} held out"),
+            ("Trained", f"{info['parameters']['connector']:,} parameters (the connector)"),
+            ("Frozen", f"{info['parameters']['llm']:,} parameters (the language model)"),
+            ("Store", ", ".join(info["features"])),
+            ("Versions", ", ".join(f"{name} {v}" for name, v in info["versions"].items())),
+            ("The same again", _command(run_dir, info)),
+        ],
+        "config": folder.config.read_text(),
+        "documents": [
+            ("Store fingerprint", json.dumps(info["store"], indent=2)),
+            ("Language model", json.dumps(info["llm"], indent=2)),
+        ],
     }
+
+
+def _command(run_dir: Path, info: dict[str, Any]) -> str:
+    features = " ".join(f"--features {shlex.quote(path)}" for path in info["features"])
+    config = shlex.quote(str(run_dir.absolute() / "config.yaml"))
+    return f"align train {features} --config {config} --out NEW_RUN"
+
+
+def _image_root(config: RunConfig, info: dict[str, Any]) -> Path:
+    """Where the image files are; where neither config nor store tells, they are not found."""
+    if config.data.images is not None:
+        return Path(config.data.images)
+    try:
+        return Path(StoreInfo.load(Path(info["features"][0])).source["images"])
+    except StoreError:
+        return Path()
 
 
 # ---------------------------------------------------------------------------------------- results
@@ -164,8 +199,11 @@ def _splits(run_dir: Path, image_root: Path) -> list[Split]:
                     bar=None if name == "loss" else 100 * figure["value"],
                 )
             )
-        captions = _read_jsonl(folder / "captions.jsonl")
-        wrong = {row["id"]: row["generated"] for row in _read_jsonl(other / "captions.jsonl")}
+        captions = read_metrics(folder / "captions.jsonl")
+        wrong = {}
+        if shuffled is not None:
+            rows = read_metrics(other / "captions.jsonl")
+            wrong = {row["id"]: row["generated"] for row in rows}
         ranked = sorted(captions, key=_rank)
         half = len(ranked) // 2
         worst, best = (
@@ -234,9 +272,6 @@ def compare_words(reference: str, generated: str) -> tuple[list[Word], list[Word
 
 def _data_uri(path: Path) -> str:
     """The image as a data URI, at most IMAGE_PIXELS a side; "" where the file is gone."""
-    from featcache.errors import ImageError
-    from featcache.images import load_image
-
     try:
         image = load_image(path)
     except ImageError:
@@ -332,12 +367,12 @@ def _stories(log: Sequence[dict[str, Any]], image_root: Path) -> list[Story]:
         rows = [rows[i] for i in sorted(picks)]
     stories: dict[str, Story] = {}
     for row in rows:
-        for sample in row["samples"]:
+        for sample in row["captions"]:
             story = stories.setdefault(
                 sample["id"],
                 Story(
                     sample["id"],
-                    [_data_uri(image_root / key) for key in sample["images"]],
+                    [_data_uri(image_root / key) for key in sample["keys"]],
                     sample["reference"],
                     [],
                 ),
@@ -345,10 +380,3 @@ def _stories(log: Sequence[dict[str, Any]], image_root: Path) -> list[Story]:
             words = compare_words(sample["reference"], sample["generated"])[1]
             story.steps.append((row["step"], words))
     return list(stories.values())
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    # Split at "\n" alone: a caption may hold other line separators (U+2028, vertical tab).
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
