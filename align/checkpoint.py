@@ -1,4 +1,4 @@
-"""What must survive a stop: connector, optimizer, random state, position; one folder, all or nothing.
+"""What must survive a stop: connector, optimizer, random state, position; all or nothing.
 
     RUN/checkpoints/step-00000100/
         connector.safetensors    the connector's state_dict, fp32

@@ -1,4 +1,4 @@
-"""The whole of a run's settings: one dataclass tree, filled from defaults, a YAML file and KEY=VALUE.
+"""All settings of a run: one dataclass tree, filled from defaults, a YAML file and KEY=VALUE.
 
 A component's config lives beside the component; here they are only gathered. Widths are never
 settings: the store knows P and D, the language model knows H.

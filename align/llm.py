@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import align
 from align.errors import ModelError
@@ -55,7 +60,7 @@ class FrozenLLM:
     identity: what a checkpoint of a connector remembers of this model, JSON-able.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     image_token_id: int
     hidden_size: int
@@ -64,17 +69,17 @@ class FrozenLLM:
     @property
     def embedding(self) -> nn.Embedding:
         """The input table, float[V, H]."""
-        return self.model.get_input_embeddings()  # type: ignore[operator, no-any-return]
+        return self.model.get_input_embeddings()
 
     @property
     def head(self) -> Tensor:
         """The output layer's weight, float[V, H]."""
-        return self.model.get_output_embeddings().weight  # type: ignore[operator, no-any-return]
+        return self.model.get_output_embeddings().weight
 
     @property
     def backbone(self) -> nn.Module:
         """The model without its output layer; returns `last_hidden_state` float[B, T, H]."""
-        return self.model.base_model  # type: ignore[return-value]
+        return self.model.base_model
 
 
 def load_llm(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> FrozenLLM:
@@ -96,17 +101,19 @@ def load_llm(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> Fro
     return freeze(model.to(device), tokenizer, config)
 
 
-def freeze(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: LLMConfig) -> FrozenLLM:
+def freeze(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LLMConfig
+) -> FrozenLLM:
     """Wraps a loaded model: eval mode, no gradients, slots on an existing token.
 
     Raises ModelError as `load_llm` does.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ModelError(f"llm.name={config.name}: its output layer is not a plain linear layer")
     model.requires_grad_(False)
     model.eval()
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = model.get_input_embeddings()
     return FrozenLLM(
         model=model,
         tokenizer=tokenizer,
@@ -145,7 +152,7 @@ def _image_token_id(tokenizer: PreTrainedTokenizerBase, config: LLMConfig, rows:
 
 
 def _identity(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: LLMConfig
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LLMConfig
 ) -> dict[str, Any]:
     """What tells two language models apart without reading all their weights.
 
@@ -153,7 +160,7 @@ def _identity(
     from Instruct and is the same whether the model was loaded in fp32 or in bf16.
     """
     settings = model.config
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    embedding = model.get_input_embeddings().weight
     rows = torch.linspace(0, len(embedding) - 1, 64).long().to(embedding.device)
     probe = embedding[rows].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)

@@ -126,7 +126,7 @@ class Run:
         """
         digest = xxhash.xxh3_64()
         for sample in self.splits.train:
-            digest.update(sample.record.id + "\n")
+            digest.update(f"{sample.record.id}\n".encode())
         return {
             "store": self.store.fingerprint,
             "llm": self.model.llm.identity,

@@ -117,6 +117,6 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line without its newline was cut short and is left out."""
+    """The lines of a metrics.jsonl; a last line without a newline was cut short and is left out."""
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()]

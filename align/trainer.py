@@ -121,15 +121,13 @@ def train(
 
         # -- what is told and kept; none of it changes what is learned
         last = run.step == session.total_steps
-        if _due(run.step, every.log_every) or last:
+        if _due(run.step, every.log_every, last):
             loss_now, norm_now = session.check_finite()
             session.tell(meter.line(session, loss_now, norm_now, lr))
         with meter.paused():
-            if session.has_val and (_due(run.step, every.eval_every) or (every.eval_every and last)):
+            if _due(run.step, every.eval_every, last) and run.splits.val:
                 session.eval_loss = session.tell(evaluate_loss(run, every.eval_samples)).loss
-            if session.has_val and (
-                _due(run.step, every.sample_every) or (every.sample_every and last)
-            ):
+            if _due(run.step, every.sample_every, last) and run.splits.val:
                 session.tell(sample_captions(run, every.samples))
             if _due(run.step, every.save_every) or last:
                 session.save()
@@ -143,8 +141,8 @@ def train(
 def update(optimizer: torch.optim.Optimizer, lr: float, tokens: int, clip: float) -> Tensor:
     """One optimizer step on summed gradients; returns their norm per token, before clipping.
 
-    tokens: supervised tokens that the gradients sum over, in all micro-batches (and ranks): dividing
-        here, once, weighs every token of the step alike however it was cut into batches.
+    tokens: supervised tokens that the gradients sum over, in all micro-batches (and ranks):
+        dividing here, once, weighs every token alike however the step was cut into batches.
     clip: largest norm; 0 does not clip.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -223,10 +221,6 @@ class _Session:
     eval_loss: float | None = None
     unchecked: list[tuple[int, Tensor]] = field(default_factory=list)
     skipped_told: int = 0
-
-    @property
-    def has_val(self) -> bool:
-        return bool(self.run.splits.val)
 
     def tell(self, event: E) -> E:
         """Passes an event on, and into metrics.jsonl where it belongs there."""
@@ -307,7 +301,7 @@ def _start(
     found = list_checkpoints(folder.checkpoints)
     if folder.info.exists():
         if not resume:
-            raise RunError(f"{out}: already holds a run; go on with --resume or choose another --out")
+            raise RunError(f"{out}: already holds a run; give --resume or another --out")
         _check_same_config(load_config(folder.config), config, out)
     run = assemble(config, features, out)
     optimizer = build_optimizer(config.optim, run.model.connector)
@@ -395,8 +389,9 @@ def _check_same_data(state: dict[str, object], run: Run) -> None:
         )
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(step: int, every: int, last: bool = False) -> bool:
+    """Whether it is time for what happens `every` so many steps, and at the `last`; 0 is never."""
+    return every > 0 and (last or step % every == 0)
 
 
 class _eval_mode:  # noqa: N801 - reads as `with _eval_mode(run):`

@@ -82,11 +82,11 @@ def collate(
     input_ids = np.zeros((B, T), np.int64)
     labels = np.full((B, T), IGNORE, np.int64)
     is_slot = np.zeros((B, T), np.bool_)
-    for b, sample in enumerate(tokenized):
+    for row, sample in enumerate(tokenized):
         length = len(sample.input_ids)
-        input_ids[b, :length] = sample.input_ids
-        labels[b, :length] = sample.labels
-        is_slot[b, :length] = sample.is_slot
+        input_ids[row, :length] = sample.input_ids
+        labels[row, :length] = sample.labels
+        is_slot[row, :length] = sample.is_slot
     # Position t predicts token t + 1; the first token of a sequence is predicted by none.
     supervised = np.flatnonzero(labels[:, 1:] != IGNORE)
     b, t = np.divmod(supervised, T - 1) if T > 1 else (supervised, supervised)

@@ -26,7 +26,7 @@ class DataConfig:
     """Which records, and which of them are held out."""
 
     files: list[str] = field(default_factory=list)
-    """LLaVA JSON, Cambrian JSONL or caption JSONL; empty takes what the store was extracted from."""
+    """LLaVA JSON, Cambrian JSONL, caption JSONL; empty takes what the store was extracted from."""
     images: str | None = None
     """Folder that image paths are relative to; null takes the store's."""
     val_files: list[str] = field(default_factory=list)
@@ -167,7 +167,7 @@ def hold_out(records: Sequence[Record], ratio: float, seed: int) -> NDArray[np.b
 
     def rank(record: Record) -> tuple[int, str]:
         group = record.images[0] if record.images else record.id
-        return xxhash.xxh3_64_intdigest(f"{seed}:{group}"), record.id
+        return xxhash.xxh3_64_intdigest(f"{seed}:{group}".encode()), record.id
 
     mask = np.zeros(len(records), np.bool_)
     order = sorted(range(len(records)), key=lambda i: rank(records[i]))

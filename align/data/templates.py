@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from align.errors import TemplateError
-from featcache.manifests import Record
+from featcache.manifests import Record, Turn
 
 PLACEHOLDER = "<image>"
 
@@ -118,7 +118,7 @@ def _caption(record: Record, config: TemplateConfig) -> list[Segment]:
     for image in range(len(record.images)):
         segments += [Slots(image), Text("\n")]
     segments += [Text(f"{prompt}\n"), Text(caption, supervised=True)]
-    return segments + [EndOfText()] if config.supervise_eos else segments
+    return [*segments, EndOfText()] if config.supervise_eos else segments
 
 
 def _plain(record: Record, config: TemplateConfig) -> list[Segment]:
@@ -147,7 +147,7 @@ def _one_answer(record: Record) -> str:
 
 
 def _check_placeholders(record: Record) -> None:
-    """An `<image>` in the text must have its image; where the text has none, the template adds it."""
+    """Every `<image>` in the text must have its image; where there is none the template adds it."""
     if not record.images:
         raise TemplateError("no image")
     if any(PLACEHOLDER in turn.text for turn in record.turns if turn.role == "gpt"):
@@ -159,8 +159,6 @@ def _check_placeholders(record: Record) -> None:
 
 def _with_answer(record: Record) -> Record:
     """The record with a stand-in answer, for templates asked only for what comes before it."""
-    from featcache.manifests import Turn
-
     if answer(record):
         return record
     turns = (Turn("human", ""), Turn("gpt", "?"))

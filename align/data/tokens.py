@@ -202,7 +202,7 @@ def describe(record: Record, encoder: SampleEncoder) -> SampleView:
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
-    """The begin-of-text token where the tokenizer puts one before any text (Llama), else nothing."""
+    """The begin-of-text token where the tokenizer puts one before any text (Llama), or nothing."""
     bos = tokenizer.bos_token_id
     starts_with_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     return np.array([bos] if starts_with_bos else [], np.int64)
