@@ -67,8 +67,9 @@ class EvalResult:
     """What one evaluation found.
 
     folder: where it lies on disk. split_size: samples of the whole split, `len(captions)` of which
-    were evaluated. left_out: samples that no sequence could be made of. figures: by name; "loss" and "token_accuracy" are means over supervised tokens,
-    their n counts tokens, all others are means over captions.
+    were evaluated. left_out: samples that no sequence could be made of.
+    figures: by name; "loss" and "token_accuracy" are means over supervised tokens and their n
+    counts tokens, all others are means over captions.
     """
 
     folder: Path

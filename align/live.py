@@ -37,8 +37,8 @@ def caption_images(
     encoder: name, hub id or folder; None takes the name in the store's fingerprint.
     temperature: None takes the run's own setting.
 
-    Raises DataError for a file that is no readable image, EncoderError for an encoder that cannot be
-    loaded, and FingerprintMismatch for one that the run's store was not made with.
+    Raises DataError for a file that is no readable image, EncoderError for an encoder that cannot
+    be loaded, and FingerprintMismatch for one that the run's store was not made with.
     """
     stored = run.store.fingerprint
     loaded = load_encoder(

@@ -102,7 +102,8 @@ class Story:
 def write_report(run_dir: Path) -> Path:
     """Writes `run_dir/report.html` and returns its path.
 
-    Raises RunError where `run_dir` is no run's folder, ConfigError where jinja2 or matplotlib is missing.
+    Raises RunError where `run_dir` is no run's folder, ConfigError where jinja2 or matplotlib is
+    missing.
     """
     RunFolder(run_dir).read_info()
     try:
@@ -135,7 +136,8 @@ def _context(run_dir: Path) -> dict[str, Any]:
     return {
         "title": run_dir.resolve().name,
         "subtitle": (
-            f"{config.connector.name} between {info['store']['encoder']['name']} and {info['llm']['name']}, "
+            f"{config.connector.name} between {info['store']['encoder']['name']} and "
+            f"{info['llm']['name']}, "
             f"{info['status']} at step {info['step']:,} of {info['total_steps']:,}"
         ),
         "splits": _splits(run_dir, image_root),
@@ -326,7 +328,7 @@ def _svg(lines: Iterable[tuple[str, Sequence[float], Sequence[float], str]]) -> 
     from matplotlib.figure import Figure
 
     text, grid = _COLOURS["text"][0], _COLOURS["grid"][0]
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text: small, sharp, in the page's font
         "svg.hashsalt": "align",  # the same run gives the same bytes
         "text.color": text,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -55,7 +55,7 @@ def evaluate(
     from align.run import load_run
 
     loaded = load_run(run, checkpoint, features=[features] if features is not None else [])
-    given = {
+    given: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
         "max_new_tokens": max_new_tokens,

@@ -56,10 +56,8 @@ def _draw(view: SampleView, images: tuple[str, ...]) -> None:
     supervised = sum(token.is_supervised for token in view.tokens)
     slots = sum(token.is_slot for token in view.tokens)
     out = Text()
-    out.append(f"{view.id}", "bold")
-    out.append(
-        f"  {', '.join(images)}  {len(view.tokens)} tokens: {slots} slots, {supervised} supervised\n"
-    )
+    out.append(f"{view.id}  {', '.join(images)}", "bold")
+    out.append(f"  {len(view.tokens)} tokens: {slots} slots, {supervised} supervised\n")
     # A run of slots of one image is one piece; every other token stands alone.
     for (is_slot, name, _), group in groupby(
         enumerate(view.tokens),
