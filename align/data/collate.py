@@ -103,6 +103,10 @@ def collate(
     )
 
 
+CACHED_SAMPLES = 50_000
+"""Tokenised samples that a Loader keeps for later epochs: about 1 KB each."""
+
+
 @dataclass(slots=True)
 class Loader:
     """Streams batches of a split; features are read in the background, in order.
@@ -119,6 +123,7 @@ class Loader:
     threads: int = 2
     depth: int = 3
     skipped: LeftOut = field(default_factory=LeftOut)
+    _tokenized: dict[int, TokenizedSample] = field(default_factory=dict, repr=False)
 
     def stream(self, index_batches: Iterable[NDArray[np.int64]]) -> Iterator[Batch]:
         """One batch per index array; its features are valid only until the next one is asked for.
@@ -154,11 +159,17 @@ class Loader:
         samples: list[Sample] = []
         for index in indices.tolist():
             sample = self.samples[index]
-            try:
-                tokenized.append(self.encoder.encode(sample.record))
-            except TemplateError as error:
-                self.skipped.add(str(error), sample.record.id)
-                continue
+            known = self._tokenized.get(index)
+            if known is None:
+                try:
+                    known = self.encoder.encode(sample.record)
+                except TemplateError as error:
+                    self.skipped.add(str(error), sample.record.id)
+                    continue
+                # At 558K samples only some would be kept, and an epoch is hours away anyhow.
+                if len(self._tokenized) < CACHED_SAMPLES:
+                    self._tokenized[index] = known
+            tokenized.append(known)
             samples.append(sample)
         if not samples:
             raise DataError(f"a whole batch of {len(indices)} has nothing to learn: {self.skipped}")
