@@ -177,30 +177,17 @@ def evaluate_loss(run: Run, limit: int = 0) -> EvalEvent:
 
 def sample_captions(run: Run, count: int) -> SampleEvent:
     """Captions of the first `count` validation samples beside their references."""
-    from align.generate import Decoding, Prompt, generate
+    from align.generate import generate
 
     samples = run.splits.split("val")[:count]
-    prompts = []
-    for sample in samples:
-        tokenized = run.encoder.encode_prompt(sample.record)
-        prompts.append(
-            Prompt(
-                sample.record.id,
-                torch.from_numpy(tokenized.input_ids),
-                torch.from_numpy(tokenized.is_slot),
-            )
-        )
-    settings = run.config.eval
-    decoding = Decoding(
-        settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed
-    )
+    records = [sample.record for sample in samples]
     with run.store.reader(run.layer, threads=1, depth=1) as reader, _eval_mode(run):
         features = reader.read(np.concatenate([sample.rows for sample in samples]))
-        texts = generate(run.model, prompts, features, decoding)
+        texts = generate(run.model, run.encoder, records, features, run.config.eval)
     return SampleEvent(
         run.step,
         tuple(
-            Caption(s.record.id, s.record.images, answer(s.record), text.strip())
+            Caption(s.record.id, s.record.images, answer(s.record), text)
             for s, text in zip(samples, texts, strict=True)
         ),
     )

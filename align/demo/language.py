@@ -45,8 +45,8 @@ _VALUES = (SIZES, COLOURS, SHAPES, RELATIONS, SIZES, COLOURS, SHAPES)
 def code(scene: Scene) -> list[int]:
     """The scene as seven indices: size, colour, shape, relation, size, colour, shape."""
     first, second = scene.first, scene.second
-    words = (first.size, first.colour, first.shape, scene.relation)
-    words += (second.size, second.colour, second.shape)
+    words = [first.size, first.colour, first.shape, scene.relation]
+    words += [second.size, second.colour, second.shape]
     return [values.index(word) for values, word in zip(_VALUES, words, strict=True)]
 
 
@@ -66,9 +66,8 @@ def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
         if place == 7:
             codes = [*codes[4:], codes[3], *codes[:3]]
         else:
-            codes[place] = (codes[place] + rng.integers(1, len(_VALUES[place]))) % len(
-                _VALUES[place]
-            )
+            count = len(_VALUES[place])
+            codes[place] = (codes[place] + int(rng.integers(1, count))) % count
         other = decode(codes)
         alike = (other.first.colour, other.first.shape) == (
             other.second.colour,

@@ -29,7 +29,6 @@ from align.demo.shapes import (
     SHAPES,
     SIZES,
     Scene,
-    SceneObject,
     caption,
     held_out,
     sample_scenes,
@@ -198,9 +197,7 @@ class Vocabulary:
         return cls(ids)
 
 
-def block(
-    table: torch.Tensor, vocabulary: Vocabulary, examples: Sequence[Example]
-) -> torch.Tensor:
+def block(table: torch.Tensor, vocabulary: Vocabulary, examples: Sequence[Example]) -> torch.Tensor:
     """float[B, Q, H]: the clean description vectors, from the embedding table float[V, H]."""
     num_slots = len(examples[0].bundles)
     ids = np.zeros((len(examples), num_slots, _MAX_WORDS), dtype=np.int64)
@@ -229,7 +226,7 @@ def train_language_model(
     seed: int,
     log: Callable[[str], None],
 ) -> Qwen3ForCausalLM:
-    """Train from nothing for `steps` steps of 64 new descriptions; `log` gets a line now and then."""
+    """Train from nothing for `steps` steps of 64 new descriptions; `log` gets a line at times."""
     model = build_language_model(tokenizer, vocab_size, seed)
     vocabulary = Vocabulary.of(tokenizer)
     rng = np.random.default_rng([seed, 11])
@@ -277,7 +274,7 @@ def caption_loss(
     """
     end = tokenizer.token_to_id(END_OF_TEXT)
     prompt_ids = tokenizer.encode(prompt).ids
-    answers = [tokenizer.encode(text).ids + [end] for text in captions]
+    answers = [[*tokenizer.encode(text).ids, end] for text in captions]
     length = max(len(answer) for answer in answers)
     ids = torch.tensor([prompt_ids + a + [end] * (length - len(a)) for a in answers])
     labels = torch.tensor([a + [-100] * (length - len(a)) for a in answers])
