@@ -32,6 +32,7 @@ from align.errors import CheckpointError, RunError
 from align.llm import load_llm
 from align.vlm import AlignModel
 from featcache.errors import ConfigError
+from featcache.files import publish_json
 from featcache.fingerprint import require_same
 from featcache.store import Store
 
@@ -70,9 +71,7 @@ class RunFolder:
 
     def write_info(self, info: dict[str, Any]) -> None:
         """Replaces run.json in one go."""
-        partial = self.info.with_suffix(".json.tmp")
-        partial.write_text(json.dumps(info, indent=1), encoding="utf-8")
-        partial.replace(self.info)
+        publish_json(self.info, info)
 
 
 @dataclass(slots=True)

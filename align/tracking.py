@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from featcache.files import publish
+
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
@@ -110,10 +112,7 @@ class MetricsLog:
         if not self.path.exists():
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        partial = self.path.with_suffix(".jsonl.tmp")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path)
+        publish(self.path, [f"{json.dumps(line, ensure_ascii=False)}\n".encode() for line in kept])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

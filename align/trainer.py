@@ -132,6 +132,7 @@ def train(
             if _due(run.step, every.save_every) or last:
                 session.save()
 
+    batches.close()
     session.finish()
     return TrainResult(
         run.path, run.step, session.loss, session.eval_loss, time.perf_counter() - started

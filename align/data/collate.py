@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,7 +55,9 @@ class Batch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device; copies from pinned memory do not wait."""
+        """The batch on another device. The reader's buffer may be reused once this has returned:
+        pageable memory has been read by then, though the copy may still be under way.
+        """
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
@@ -103,6 +105,10 @@ def collate(
     )
 
 
+CACHED_SAMPLES = 50_000
+"""Tokenised samples that a Loader keeps for later epochs: about 1 KB each."""
+
+
 @dataclass(slots=True)
 class Loader:
     """Streams batches of a split; features are read in the background, in order.
@@ -119,8 +125,10 @@ class Loader:
     threads: int = 2
     depth: int = 3
     skipped: LeftOut = field(default_factory=LeftOut)
+    _tokenized: dict[int, TokenizedSample] = field(default_factory=dict, repr=False)
+    _unusable: set[int] = field(default_factory=set, repr=False)
 
-    def stream(self, index_batches: Iterable[NDArray[np.int64]]) -> Iterator[Batch]:
+    def stream(self, index_batches: Iterable[NDArray[np.int64]]) -> Generator[Batch, None, None]:
         """One batch per index array; its features are valid only until the next one is asked for.
 
         Raises DataError for a batch of which no sample can be used.
@@ -154,11 +162,19 @@ class Loader:
         samples: list[Sample] = []
         for index in indices.tolist():
             sample = self.samples[index]
-            try:
-                tokenized.append(self.encoder.encode(sample.record))
-            except TemplateError as error:
-                self.skipped.add(str(error), sample.record.id)
-                continue
+            known = self._tokenized.get(index)
+            if known is None:
+                try:
+                    known = self.encoder.encode(sample.record)
+                except TemplateError as error:
+                    if index not in self._unusable:  # counted once, not once an epoch
+                        self._unusable.add(index)
+                        self.skipped.add(str(error), sample.record.id)
+                    continue
+                # At 558K samples only some would be kept, and an epoch is hours away anyhow.
+                if len(self._tokenized) < CACHED_SAMPLES:
+                    self._tokenized[index] = known
+            tokenized.append(known)
             samples.append(sample)
         if not samples:
             raise DataError(f"a whole batch of {len(indices)} has nothing to learn: {self.skipped}")

@@ -73,9 +73,10 @@ class SampleEncoder:
         self.image_token_id = image_token_id
         self.max_length = max_length
         self._start = _start_ids(tokenizer)
+        self._eos = tokenizer.eos_token_id
         # Prompts repeat in every sample; answers mostly do not, and 558K of them must not pile up.
-        self._cached_ids = lru_cache(maxsize=1024)(self._ids)
-        if template.name == "caption" and template.supervise_eos and tokenizer.eos_token_id is None:
+        self._repeated_ids = lru_cache(maxsize=1024)(self._ids)
+        if template.name == "caption" and template.supervise_eos and self._eos is None:
             raise TemplateError(
                 "the tokenizer has no end-of-text token; set template.supervise_eos=false"
             )
@@ -83,13 +84,12 @@ class SampleEncoder:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a generated answer: end of text, and the template's own stop text."""
-        eos = self.tokenizer.eos_token_id
-        stops = [] if eos is None else [int(eos)]
+        stops = [] if self._eos is None else [self._eos]
         text = stop_text(self.template)
         if text is not None:
             ids = self._ids(text)
             if len(ids) == 1:
-                stops.append(int(ids[0]))
+                stops.append(ids[0])
         return tuple(stops)
 
     def encode(self, record: Record) -> TokenizedSample:
@@ -118,32 +118,36 @@ class SampleEncoder:
 
     def assemble(self, segments: list[Segment]) -> TokenizedSample:
         """Segments -> one uncut sequence; begin-of-text in front where the tokenizer wants it."""
-        ids: list[NDArray[np.int64]] = [self._start]
-        supervised: list[bool] = [False]
-        slots: list[bool] = [False]
+        ids = list(self._start)
+        supervised: list[slice] = []
+        slots: list[slice] = []
         for segment in segments:
+            start = len(ids)
             match segment:
                 case Text(text, is_learned):
-                    ids.append(self._ids(text) if is_learned else self._cached_ids(text))
-                    supervised.append(is_learned)
-                    slots.append(False)
+                    ids += self._ids(text) if is_learned else self._repeated_ids(text)
+                    if is_learned:
+                        supervised.append(slice(start, len(ids)))
                 case Slots():
-                    ids.append(np.full(self.num_tokens, self.image_token_id, np.int64))
-                    supervised.append(False)
-                    slots.append(True)
+                    ids += [self.image_token_id] * self.num_tokens
+                    slots.append(slice(start, len(ids)))
                 case EndOfText(is_learned):
-                    ids.append(np.array([self.tokenizer.eos_token_id], np.int64))
-                    supervised.append(is_learned)
-                    slots.append(False)
-        lengths = [len(part) for part in ids]
-        input_ids = np.concatenate(ids)
-        labels = np.where(np.repeat(supervised, lengths), input_ids, IGNORE)
-        return TokenizedSample(input_ids, labels, np.repeat(slots, lengths))
+                    ids.append(self._eos)
+                    if is_learned:
+                        supervised.append(slice(start, len(ids)))
+        input_ids = np.array(ids, np.int64)
+        labels = np.full(len(ids), IGNORE, np.int64)
+        is_slot = np.zeros(len(ids), np.bool_)
+        for span in supervised:
+            labels[span] = input_ids[span]
+        for span in slots:
+            is_slot[span] = True
+        return TokenizedSample(input_ids, labels, is_slot)
 
-    def _ids(self, text: str) -> NDArray[np.int64]:
+    def _ids(self, text: str) -> list[int]:
         # A caption that spells a special token must not become one.
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return np.array(encoded.input_ids, np.int64)
+        return list(encoded.input_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +205,7 @@ def describe(record: Record, encoder: SampleEncoder) -> SampleView:
     return SampleView(record.id, text, target, tuple(views))
 
 
-def _start_ids(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The begin-of-text token where the tokenizer puts one before any text (Llama), or nothing."""
     bos = tokenizer.bos_token_id
-    starts_with_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    return np.array([bos] if starts_with_bos else [], np.int64)
+    return [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
