@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+import importlib
 import io
 import json
 import shlex
@@ -106,13 +107,9 @@ def write_report(run_dir: Path) -> Path:
     missing.
     """
     RunFolder(run_dir).read_info()
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401 - only to say here, before any work, what is missing
-    except ModuleNotFoundError as missing:
-        raise ConfigError(
-            f'the report needs {missing.name}: pip install "featcache[report]"'
-        ) from missing
+    require_packages()
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -124,6 +121,17 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     publish(path, [page.encode()])
     return path
+
+
+def require_packages() -> None:
+    """Raises ConfigError, which says how to install them, where jinja2 or matplotlib is missing."""
+    for name in ("jinja2", "matplotlib"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as missing:
+            raise ConfigError(
+                f'the report needs {missing.name}: pip install "featcache[report]"'
+            ) from missing
 
 
 def _context(run_dir: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
-from featcache.errors import ConfigError, FeatcacheError
+from featcache.errors import FeatcacheError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -205,11 +205,6 @@ def fail(message: str, label: str = "error: ") -> None:
     """One line on stderr, its label red where the terminal has colours."""
     one_line = " ".join(message.splitlines()) if label else message
     click.secho(label + one_line, err=True, fg="red", color=None if _colours() else False)
-
-
-def missing_extra(extra: str, what: str, module: str) -> ConfigError:
-    """The error for a command whose optional packages are not installed."""
-    return ConfigError(f'{what} needs {module}: pip install "featcache[{extra}]"')
 
 
 def _colours() -> bool:

@@ -36,7 +36,9 @@ def test_loss_and_accuracy_are_those_of_the_model(run: Run) -> None:
     by_hand = result.captions[2].scores
     loss = torch.nn.functional.cross_entropy(scores, truth)
     assert by_hand["loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert by_hand["token_accuracy"] == pytest.approx(float((scores.argmax(1) == truth).float().mean()))
+    assert by_hand["token_accuracy"] == pytest.approx(
+        float((scores.argmax(1) == truth).float().mean())
+    )
 
 
 def test_token_scores_belong_to_their_sample(run: Run) -> None:
@@ -84,7 +86,11 @@ def test_shuffled_control(run: Run) -> None:
     assert control.folder == run.path / "eval" / "val-shuffled"
     assert control.document["shuffled"] is True
     for right, wrong in zip(own.captions, control.captions, strict=True):
-        assert (right.id, right.reference, right.images) == (wrong.id, wrong.reference, wrong.images)
+        assert (right.id, right.reference, right.images) == (
+            wrong.id,
+            wrong.reference,
+            wrong.images,
+        )
         assert not set(wrong.shown) & set(wrong.images)
     assert sorted(c.shown for c in control.captions) == sorted(c.images for c in own.captions)
     # What was shown is what decides: the loss under another's image is that of its features.

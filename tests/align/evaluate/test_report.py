@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -112,7 +113,9 @@ def test_run_without_evaluation_and_without_image_files(run: Run) -> None:
 
 
 def test_wrong_words_are_marked() -> None:
-    reference, generated = compare_words("a red circle left of a square", "a blue circle of a square x")
+    reference, generated = compare_words(
+        "a red circle left of a square", "a blue circle of a square x"
+    )
     assert [word.text for word in reference if word.odd] == ["red", "left"]
     assert generated == [
         Word("a", False),
@@ -126,17 +129,13 @@ def test_wrong_words_are_marked() -> None:
     assert compare_words("a dog", "") == ([Word("a", True), Word("dog", True)], [])
 
 
-def test_no_run(tmp_path: object) -> None:
-    from pathlib import Path
-
+def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a run's folder"):
-        write_report(Path(str(tmp_path)))
+        write_report(tmp_path)
 
 
 @pytest.mark.parametrize("module", ["jinja2", "matplotlib"])
-def test_missing_extra_is_one_line(
-    run: Run, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_extra_is_one_line(run: Run, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError) as caught:
         write_report(run.path)
