@@ -177,6 +177,11 @@ def run(group: click.Group, argv: Sequence[str] | None = None) -> int:
 
     Whatever is neither a user's error nor click's is a bug and keeps its traceback.
     """
+    # What transformers says about configs is not addressed to our users; what matters of it is
+    # checked and raised by us. Its bars for downloads and weights are for terminals.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = group.main(
             args=None if argv is None else list(argv), prog_name=group.name, standalone_mode=False

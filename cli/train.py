@@ -95,10 +95,12 @@ class TrainDisplay:
                     self._bar.__enter__()
                 self._bar.update(
                     event.step,
-                    loss=f"{event.loss:.4f}",
-                    lr=f"{event.lr:.2e}",
-                    samples_per_s=f"{event.samples_per_s:,.0f}",
-                    wait=f"{event.data_wait_ratio:.0%}",
+                    **{
+                        "loss": f"{event.loss:.4f}",
+                        "lr": f"{event.lr:.2e}",
+                        "samples/s": f"{event.samples_per_s:,.0f}",
+                        "waiting for data": f"{event.data_wait_ratio:.0%}",
+                    },
                 )
             case tracking.EvalEvent():
                 console.say(f"step {event.step:,}: held-out loss {event.loss:.4f}")

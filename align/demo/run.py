@@ -119,7 +119,9 @@ def run_demo(
     Raises RunError where `out` holds something else than a demo, or one of other settings.
     """
     watch = watch or Watch()
-    require_packages()  # before minutes are spent, not after
+    # What can be wrong is found before minutes are spent, not after.
+    require_packages()
+    config = load_config(settings.config, settings.overrides)
     _prepare(out, settings, fresh)
     data, store, run_dir = out / "data", out / "store.zarr", out / "run"
 
@@ -129,7 +131,6 @@ def run_demo(
         options = ExtractOptions(model="tiny", data=files, image_root=data, out=store)
         extract(options, watch.extracted)
     with watch.timed("train"):
-        config = load_config(settings.config, settings.overrides)
         config.data.files = [str(files[0].absolute())]
         config.data.val_files = [str(files[1].absolute())]
         config.data.images = str(data.absolute())
