@@ -152,3 +152,9 @@ def write_jsonl(path: Path, lines: list[dict[str, Any]]) -> Path:
     """One object a line."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def jsonl() -> Callable[[Path, list[dict[str, Any]]], Path]:
+    """`write_jsonl`, for tests that make files of their own."""
+    return write_jsonl
