@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Before huggingface_hub reads it: no test may wait for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

@@ -15,6 +15,7 @@ import torch
 import zarr
 
 import featcache
+import featcache.bfloat16  # registers the data type with zarr-python
 from featcache.encoders import load_encoder
 from featcache.errors import (
     ConfigError,
