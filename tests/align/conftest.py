@@ -110,9 +110,9 @@ def make_config(world: Path) -> Callable[..., RunConfig]:
     return make
 
 
-def save_siglip(folder: Path, **changes: Any) -> None:
+def save_siglip(folder: Path, seed: int = 1, **changes: Any) -> None:
     """A random SigLIP tower with its processor: 32 px in 8-px patches, 16 x 48."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     settings = {
         "hidden_size": 48,
         "intermediate_size": 96,
@@ -152,3 +152,34 @@ def write_jsonl(path: Path, lines: list[dict[str, Any]]) -> Path:
     """One object a line."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def jsonl() -> Callable[[Path, list[dict[str, Any]]], Path]:
+    """`write_jsonl`, for tests that make files of their own."""
+    return write_jsonl
+
+
+@pytest.fixture
+def save_llm() -> Callable[..., None]:
+    """`save_qwen3`, for tests that need another language model."""
+    return save_qwen3
+
+
+@pytest.fixture
+def extract_again(world: Path) -> Callable[..., Path]:
+    """The same images under an encoder of the same shape with other weights."""
+
+    def make(folder: Path, seed: int) -> Path:
+        save_siglip(folder / "siglip", seed=seed)
+        extract(
+            ExtractOptions(
+                model=str(folder / "siglip"),
+                data=(world / "captions.jsonl",),
+                image_root=world / "images",
+                out=folder / "other.zarr",
+            )
+        )
+        return folder / "other.zarr"
+
+    return make
