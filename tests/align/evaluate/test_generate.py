@@ -57,25 +57,28 @@ def test_a_batch_of_different_prompt_lengths_equals_one_by_one(
     assert len(set(said)) > 1  # the images matter, so rows that were mixed up would show
 
 
-def test_cache_equals_a_forward_pass_over_the_whole_text(run: Run) -> None:
-    """Greedy tokens are those of the model run anew, without a cache, at every step."""
-    records, features, _ = prompts(run)
-    prompt = run.encoder.encode_prompt(records[0])
+def greedy_ids(run: Run, record: Record, features: Tensor) -> list[int]:
+    """The most likely tokens, from the model run anew and without a cache at every step."""
+    prompt = run.encoder.encode_prompt(record)
+    ids: list[int] = []
     with torch.inference_mode():
         embeds = run.model.inputs_embeds(
             torch.from_numpy(prompt.input_ids)[None],
             torch.from_numpy(prompt.is_slot)[None],
-            features[:1],
+            features,
         )
-        ids: list[int] = []
         while len(ids) < GREEDY.max_new_tokens:
             logits = run.model.llm.model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
             ids.append(int(logits.argmax()))
-            if ids[-1] in run.encoder.stop_ids:
-                ids.pop()
-                break
             new = run.model.llm.embedding(torch.tensor([[ids[-1]]]))
             embeds = torch.cat([embeds, new], dim=1)
+    return ids
+
+
+def test_cache_equals_a_forward_pass_over_the_whole_text(run: Run) -> None:
+    records, features, _ = prompts(run)
+    ids = greedy_ids(run, records[0], features[:1])
+    assert not set(ids) & set(run.encoder.stop_ids)
     said = generate(run.model, run.encoder, records[:1], features[:1], GREEDY)
     assert said == [run.tokenizer.decode(ids).strip()]
 
@@ -92,12 +95,11 @@ def test_sampling_depends_on_the_seed_and_the_record_alone(run: Run) -> None:
 
 def test_generation_ends_at_the_stop_token(run: Run) -> None:
     records, features, _ = prompts(run)
-    long = generate(run.model, run.encoder, records[:1], features[:1], GREEDY)[0]
-    ids = run.tokenizer(long, add_special_tokens=False).input_ids
-    # The same words with the third token as one that ends an answer.
+    ids = greedy_ids(run, records[0], features[:1])
+    # The same words, were the third token one that ends an answer.
     run.encoder.tokenizer.eos_token_id = ids[2]
-    cut = generate(run.model, run.encoder, records[:1], features[:1], GREEDY)[0]
-    assert cut == run.tokenizer.decode(ids[: ids.index(ids[2])]).strip()
+    said = generate(run.model, run.encoder, records[:1], features[:1], GREEDY)
+    assert said == [run.tokenizer.decode(ids[: ids.index(ids[2])]).strip()]
 
 
 def test_top_p_keeps_the_fewest_tokens_that_hold_the_share() -> None:

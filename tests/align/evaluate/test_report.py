@@ -112,21 +112,31 @@ def test_run_without_evaluation_and_without_image_files(run: Run) -> None:
     assert "image file not found" in page.text
 
 
-def test_wrong_words_are_marked() -> None:
-    reference, generated = compare_words(
-        "a red circle left of a square", "a blue circle of a square x"
-    )
-    assert [word.text for word in reference if word.odd] == ["red", "left"]
-    assert generated == [
-        Word("a", False),
-        Word("blue", True),
-        Word("circle", False),
-        Word("of", False),
-        Word("a", False),
-        Word("square", False),
-        Word("x", True),
-    ]
-    assert compare_words("a dog", "") == ([Word("a", True), Word("dog", True)], [])
+def marked(words: list[Word]) -> str:
+    return " ".join(f"[{word.text}]" if word.odd else word.text for word in words)
+
+
+@pytest.mark.parametrize(
+    ("reference", "generated", "in_reference", "in_generated"),
+    [
+        ("a dog", "a dog", "a dog", "a dog"),
+        ("a dog", "", "[a] [dog]", ""),
+        ("", "a dog", "", "[a] [dog]"),
+        ("a red circle", "a blue circle x", "a [red] circle", "a [blue] circle [x]"),
+        # Word by word in their places, not the longest run in common.
+        (
+            "a small green square above a large red star",
+            "a large red star above a small green star",
+            "a [small] [green] [square] above a [large] [red] star",
+            "a [large] [red] [star] above a [small] [green] star",
+        ),
+    ],
+)
+def test_wrong_words_are_marked(
+    reference: str, generated: str, in_reference: str, in_generated: str
+) -> None:
+    truth, said = compare_words(reference, generated)
+    assert (marked(truth), marked(said)) == (in_reference, in_generated)
 
 
 def test_no_run(tmp_path: Path) -> None:
