@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align.config import EvalConfig
+from align.data.tokens import SampleEncoder
 from align.generate import _choose, generate
 from align.run import Run
 from featcache.manifests import Record, Turn
@@ -96,9 +97,13 @@ def test_sampling_depends_on_the_seed_and_the_record_alone(run: Run) -> None:
 def test_generation_ends_at_the_stop_token(run: Run) -> None:
     records, features, _ = prompts(run)
     ids = greedy_ids(run, records[0], features[:1])
-    # The same words, were the third token one that ends an answer.
-    run.encoder.tokenizer.eos_token_id = ids[2]
-    said = generate(run.model, run.encoder, records[:1], features[:1], GREEDY)
+    # The same words, were the third token the one that ends an answer.
+    run.tokenizer.eos_token_id = ids[2]
+    old = run.encoder
+    encoder = SampleEncoder(
+        run.tokenizer, old.template, old.num_tokens, old.image_token_id, old.max_length
+    )
+    said = generate(run.model, encoder, records[:1], features[:1], GREEDY)
     assert said == [run.tokenizer.decode(ids[: ids.index(ids[2])]).strip()]
 
 
