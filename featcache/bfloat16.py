@@ -1,8 +1,8 @@
 """`bfloat16` of the zarr-extensions registry for zarr-python, which has none of its own.
 
-Installing featcache is enough: the class is registered through the entry-point group
-`zarr.data_type`. The native dtype is `ml_dtypes.bfloat16`, as in tensorstore, and both
-read what the other wrote.
+Declared in the entry-point group `zarr.data_type`. Until zarr-python loads what is declared there,
+a program that reads bf16 stores with zarr itself says `import featcache.bfloat16` first. The native
+dtype is `ml_dtypes.bfloat16`, as in tensorstore, and both read what the other wrote.
 
 Source: https://github.com/zarr-developers/zarr-extensions, data-types/bfloat16.
 """
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
+from zarr.core.dtype import data_type_registry
 from zarr.core.dtype.npy.float import BaseFloat
 
 _NATIVE = np.dtype(ml_dtypes.bfloat16)
@@ -42,3 +43,8 @@ class BFloat16(BaseFloat[Any, Any]):
     @property
     def item_size(self) -> int:
         return 2
+
+
+# zarr-python 3.1.6 collects the entry point and then never loads it (`DataTypeRegistry._lazy_load`
+# has no caller), so importing this module registers the type too.
+data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)

@@ -72,7 +72,7 @@ class Preprocessing:
     def resize(self, image: Image.Image) -> np.ndarray[Any, Any]:
         """RGB image -> uint8[height, width, 3]."""
         height, width = self.size
-        return np.asarray(image.resize((width, height), self.resample))
+        return np.array(image.resize((width, height), self.resample))
 
     def normalisation_table(self) -> Tensor:
         """float32[3, 256]: the normalised value of each channel's 256 pixel values.
@@ -267,8 +267,10 @@ def _read_checkpoint(name: str, source: str) -> tuple[SiglipVisionConfig, Siglip
 
 def _load_model(name: str, source: str, config: SiglipVisionConfig) -> SiglipVisionModel:
     verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     # The load report lists the text tower's weights as unexpected; what matters is checked below.
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         model, report = SiglipVisionModel.from_pretrained(
             source,
@@ -283,6 +285,8 @@ def _load_model(name: str, source: str, config: SiglipVisionConfig) -> SiglipVis
         ) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
     wrong = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if wrong:
         raise EncoderError(

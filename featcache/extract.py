@@ -145,7 +145,7 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
         failures: Counter[str] = Counter()
         if not options.dry_run:
             try:
-                _prepare(options.out, info, codec, plans, plan)
+                prepare_store(options.out, info, codec, plans, plan)
             except OSError as error:
                 raise write_error(options.out, error) from error
             with ShardEncoder(
@@ -228,7 +228,7 @@ def _describe(
     return info
 
 
-def _prepare(
+def prepare_store(
     root: Path, info: StoreInfo, codec: Codec, plans: Sequence[Plan], new: Plan | None
 ) -> None:
     """Everything that must be in place before the first shard: metadata, then the plan."""

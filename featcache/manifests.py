@@ -121,19 +121,19 @@ def _directory(path: Path, root: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Elements of a JSON array, or lines of JSONL; the first character that is no space tells."""
+    """Elements of a JSON array, or lines of JSONL: by suffix, else by the first character."""
     try:
         with path.open(encoding="utf-8") as file:
             head = file.read(64).lstrip()
             file.seek(0)
-            if head.startswith("["):
+            if head.startswith("[") and path.suffix not in (".jsonl", ".ndjson"):
                 for i, entry in enumerate(json.load(file)):
                     yield f"{path.name}[{i}]", entry
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield f"{path.name}:{number}", json.loads(line)
+                        yield f"{path.name}:{number}", json.loads(line.strip())
                     except json.JSONDecodeError as error:
                         raise ManifestError(
                             f"{path}:{number}: malformed JSON: {error.msg} at column {error.colno}"

@@ -33,7 +33,7 @@ class FeatureReader:
     """Reads batches of rows of one layer.
 
     `read` returns own memory; `stream` prefetches `depth` batches on `threads` background threads
-    into a ring of `depth + 1` reused buffers. RAM: that ring, plus 16 bytes a row of mapped index.
+    into a ring of `depth + 1` buffers, reused by later streams too. RAM: that ring, plus 16 bytes a row of mapped index.
     Use as a context manager, or call `close`. Not usable in a forked child: open the store there.
     """
 
@@ -62,6 +62,7 @@ class FeatureReader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="featcache-read")
         self._local = threading.local()
         self._caches: list[_OpenFiles] = []
+        self._free: list[Tensor] = []
         self._padding = memoryview(bytearray(CHUNK_ALIGNMENT_BYTES))
 
     def read(self, rows: np.ndarray[Any, Any]) -> Tensor:
@@ -82,7 +83,6 @@ class FeatureReader:
         Raises as `read` does, at the batch concerned.
         """
         pending: deque[tuple[list[Future[None]], Tensor, int]] = deque()
-        free: list[Tensor] = []
         source = iter(batches)
         exhausted = False
         try:
@@ -92,7 +92,7 @@ class FeatureReader:
                     if rows is None:
                         exhausted = True
                         break
-                    buffer = free.pop() if free else self._buffer(len(rows))
+                    buffer = self._free.pop() if self._free else self._buffer(len(rows))
                     if len(buffer) < len(rows):
                         buffer = self._buffer(len(rows))
                     pending.append((self._submit(rows, buffer[: len(rows)]), buffer, len(rows)))
@@ -102,10 +102,11 @@ class FeatureReader:
                 for future in futures:
                     future.result()
                 yield buffer[:count]
-                free.append(buffer)
+                self._free.append(buffer)
         finally:
-            # Nothing may write into a buffer that the caller could still hold.
+            # A buffer is free only when nothing writes into it any more.
             wait([future for futures, _, _ in pending for future in futures])
+            self._free += [buffer for _, buffer, _ in pending]
 
     def close(self) -> None:
         """Stop the threads and close every shard file."""
