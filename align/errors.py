@@ -1,11 +1,11 @@
 """What a user of `align` can cause, as one tree under `featcache.errors.FeatcacheError`.
 
-    AlignError
-    ├── DataError          records, images and features that do not fit together
-    ├── TemplateError      a template the tokenizer or the record cannot do
-    ├── ModelError         a language model that cannot be loaded or does not fit the connector
-    ├── CheckpointError    a checkpoint that is missing, torn, or of another model
-    └── RunError           a run directory that cannot be used as asked
+AlignError
+├── DataError          records, images and features that do not fit together
+├── TemplateError      a template the tokenizer or the record cannot do
+├── ModelError         a language model that cannot be loaded or does not fit the connector
+├── CheckpointError    a checkpoint that is missing, torn, or of another model
+└── RunError           a run directory that cannot be used as asked
 """
 
 from __future__ import annotations

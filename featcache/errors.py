@@ -1,15 +1,15 @@
 """Everything a user can cause, as one tree. Anything else that is raised is a bug.
 
-    FeatcacheError                 one clear line: what, where, and the cure
-    ├── ConfigError                a wrong option or config value (exit code 2)
-    ├── ManifestError              a data file that cannot be read as records
-    ├── EncoderError               an encoder that cannot be loaded or does not fit the request
-    ├── ImageError                 one image without features; carries its ledger reason
-    ├── StoreError                 a store that cannot be used
-    │   ├── IncompleteStoreError   extraction has not finished
-    │   ├── CorruptStoreError      bytes that are not what was written
-    │   └── FingerprintMismatch    a store made by other means than the run needs
-    └── AlignError                 drawn in align/errors.py
+FeatcacheError                 one clear line: what, where, and the cure
+├── ConfigError                a wrong option or config value (exit code 2)
+├── ManifestError              a data file that cannot be read as records
+├── EncoderError               an encoder that cannot be loaded or does not fit the request
+├── ImageError                 one image without features; carries its ledger reason
+├── StoreError                 a store that cannot be used
+│   ├── IncompleteStoreError   extraction has not finished
+│   ├── CorruptStoreError      bytes that are not what was written
+│   └── FingerprintMismatch    a store made by other means than the run needs
+└── AlignError                 drawn in align/errors.py
 """
 
 from __future__ import annotations
@@ -60,4 +60,4 @@ class CorruptStoreError(StoreError):
 
 
 class FingerprintMismatch(StoreError):  # noqa: N818 - reads as what happened
-    """The store was made by other means than the run needs; the message is a field-by-field diff."""
+    """The store was made by other means than the run needs; the message lists the fields."""

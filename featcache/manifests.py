@@ -1,9 +1,29 @@
-"""Data files -> records: LLaVA JSON, Cambrian JSONL, caption JSONL, a directory of images."""
+"""Data files -> records: LLaVA JSON, Cambrian JSONL, caption JSONL, a directory of images.
+
+A record that cannot be used is skipped with its reason; a file that cannot be read is an error.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import posixpath
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from featcache.errors import ManifestError
+
+IMAGE_SUFFIXES = frozenset(
+    f".{suffix}"
+    for suffix in (
+        "apng avif bmp gif jfif jp2 jpeg jpg png ppm tif tiff webp".split()  # noqa: SIM905
+    )
+)
+IMAGE_TOKEN = "<image>"
+NO_IMAGE = frozenset(("", "None", "none", "nan"))
+"""Texts of an `image` field that mean there is none (Cambrian-S train_fsdp.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +66,156 @@ class Manifest:
     image_root: Path
     files: tuple[Path, ...]
     skipped: list[Skipped] = field(default_factory=list)
+
+    def image_keys(self) -> list[str]:
+        """Every image key once, in the order of first mention."""
+        return list(dict.fromkeys(key for record in self.records for key in record.images))
+
+
+class _UnusableError(Exception):
+    """Why one record is skipped."""
+
+
+def read_manifest(files: Sequence[Path | str], image_root: Path | str | None = None) -> Manifest:
+    """Read data files of any mixture of the known formats, told apart by their content.
+
+    files: JSON or JSONL files, or directories of images (searched recursively, sorted).
+    image_root: what image paths are relative to; the first file's directory where None.
+    Raises ManifestError naming the file, and the line of malformed JSON.
+    """
+    paths = tuple(Path(file) for file in files)
+    if not paths:
+        raise ManifestError("no data files given; name at least one with --data")
+    for path in paths:
+        if not path.exists():
+            raise ManifestError(f"{path} does not exist; check --data")
+    first = paths[0]
+    root = Path(image_root) if image_root else (first if first.is_dir() else first.parent)
+    if not root.is_dir():
+        raise ManifestError(f"the image root {root} is not a directory; check --images")
+    manifest = Manifest([], root, paths)
+    for path in paths:
+        for origin, entry in _directory(path, root) if path.is_dir() else _entries(path):
+            try:
+                manifest.records.append(_record(entry, origin, root))
+            except _UnusableError as reason:
+                manifest.skipped.append(Skipped(origin, str(reason)))
+    if not manifest.records:
+        why = f"; the first was skipped: {manifest.skipped[0].reason}" if manifest.skipped else ""
+        raise ManifestError(f"{', '.join(map(str, paths))}: no usable records{why}")
+    return manifest
+
+
+def _directory(path: Path, root: Path) -> Iterator[tuple[str, Any]]:
+    found = sorted(
+        Path(folder, name).relative_to(path).as_posix()
+        for folder, _, names in os.walk(path, followlinks=True)
+        for name in names
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES
+    )
+    if not found:
+        raise ManifestError(f"{path} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    for name in found:
+        key = Path(os.path.relpath(path, root), name).as_posix()
+        yield str(path / name), {"id": key, "images": [key], "conversations": []}
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Elements of a JSON array, or lines of JSONL: by suffix, else by the first character."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            head = file.read(64).lstrip()
+            file.seek(0)
+            if head.startswith("[") and path.suffix not in (".jsonl", ".ndjson"):
+                for i, entry in enumerate(json.load(file)):
+                    yield f"{path.name}[{i}]", entry
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield f"{path.name}:{number}", json.loads(line.strip())
+                    except json.JSONDecodeError as error:
+                        raise ManifestError(
+                            f"{path}:{number}: malformed JSON: {error.msg} at column {error.colno}"
+                        ) from None
+    except json.JSONDecodeError as error:
+        raise ManifestError(
+            f"{path}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path} is not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}") from None
+
+
+def _record(entry: Any, origin: str, root: Path) -> Record:
+    if not isinstance(entry, dict):
+        raise _UnusableError(f"not a JSON object but {type(entry).__name__}")
+    if entry.get("video") and entry.get("image"):
+        raise _UnusableError("has both an image and a video")
+    images = tuple(_key(name, root) for name in _image_names(entry))
+    if "caption" in entry:
+        caption = entry["caption"]
+        if not isinstance(caption, str) or not caption.strip():
+            raise _UnusableError("the caption is empty")
+        turns: tuple[Turn, ...] = (
+            Turn("human", f"{IMAGE_TOKEN}\n" * len(images)),
+            Turn("gpt", caption.strip()),
+        )
+    elif "conversations" in entry:
+        turns = _turns(entry["conversations"])
+    else:
+        raise _UnusableError('has neither "caption" nor "conversations"')
+    identity = entry.get("id")
+    source = entry.get("source")
+    return Record(
+        id=str(identity) if identity is not None else origin,
+        images=images,
+        turns=turns,
+        source=str(source) if source is not None else None,
+        origin=origin,
+    )
+
+
+def _image_names(entry: dict[str, Any]) -> list[str]:
+    """`images` (seed 002) or `image`, one or a list; none where the text says so."""
+    value = entry.get("images", entry.get("image"))
+    names = value if isinstance(value, list) else [value]
+    found: list[str] = []
+    for name in names:
+        if name is None or str(name) in NO_IMAGE:
+            continue
+        if not isinstance(name, str):
+            raise _UnusableError(f"an image path is {type(name).__name__}, not text: {name!r}")
+        found.append(name)
+    return found
+
+
+def _key(name: str, root: Path) -> str:
+    """The image's path relative to the root, in one spelling; outside of it it is unusable."""
+    path = name
+    if posixpath.isabs(name):
+        path = os.path.relpath(os.path.normpath(name), Path(root).absolute())
+    key = posixpath.normpath(path)
+    if key == ".." or key.startswith("../") or posixpath.isabs(key):
+        raise _UnusableError(f"the image path {name!r} leaves the image root {root}")
+    if "\0" in key:
+        raise _UnusableError(f"the image path {name!r} holds a zero byte")
+    return key
+
+
+def _turns(value: Any) -> tuple[Turn, ...]:
+    if not isinstance(value, list):
+        raise _UnusableError('"conversations" is not a list')
+    turns: list[Turn] = []
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise _UnusableError('a turn lacks its "value" text')
+        role = turn.get("from")
+        if role not in ("human", "gpt", "system"):
+            raise _UnusableError(f'a turn is from {role!r}; known are "human", "gpt" and "system"')
+        turns.append(Turn(role, turn["value"]))
+    if turns and turns[0].role == "gpt":
+        # As the originals do: an answer without a question is dropped (RECIPES, section 6).
+        turns = turns[1:]
+    return tuple(turns)

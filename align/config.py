@@ -1,0 +1,325 @@
+"""All settings of a run: one dataclass tree, filled from defaults, a YAML file and KEY=VALUE.
+
+A component's config lives beside the component; here they are only gathered. Widths are never
+settings: the store knows P and D, the language model knows H.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import align
+from align.connectors import CONNECTORS, ConnectorConfig
+from align.connectors.resampler import ResamplerConfig
+from align.data.dataset import DataConfig
+from align.data.templates import TemplateConfig
+from align.llm import LLMConfig
+from align.optim import OptimConfig
+from featcache.errors import ConfigError
+
+
+@dataclass
+class FeaturesConfig:
+    """Which of a store's arrays is trained on."""
+
+    layer: str | None = None
+    """The encoder layer as the store names it, e.g. "-2"; null takes the store's only layer."""
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at once, and how often something else than a step happens."""
+
+    steps: int | None = None
+    """Optimizer steps in all; null takes `epochs`."""
+    epochs: float = 1.0
+    """Passes over the training samples, where `steps` is null."""
+    batch_size: int = 32
+    """Samples in one forward pass."""
+    grad_accum: int = 1
+    """Forward passes per optimizer step; a step sees batch_size * grad_accum samples."""
+    seed: int = 0
+    """Of the connector's initial weights, the order of the samples, and dropout."""
+    device: str = "auto"
+    """"auto" takes CUDA where there is one; else any torch device."""
+    precision: str = "auto"
+    """"fp32" or "bf16" (the frozen LLM in bf16, the connector's fp32 weights under autocast);
+    "auto" is bf16 on CUDA and fp32 on the CPU."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 200
+    """Steps between evaluations of the loss on the validation split; 0 never evaluates."""
+    eval_samples: int = 1024
+    """Validation samples per evaluation, the first ones of the split; 0 takes all."""
+    sample_every: int = 0
+    """Steps between sample captions; 0 never writes any."""
+    samples: int = 8
+    """Sample captions each time: the first ones of the validation split."""
+    save_every: int = 500
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 2
+    """The newest checkpoints that are kept; 0 keeps all."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest validation loss."""
+    read_threads: int = 2
+    """Threads that read features from disk."""
+    read_ahead: int = 3
+    """Batches of features read ahead of the one in use."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values, one "field: reason" each."""
+        if self.steps is not None and self.steps < 1:
+            yield f"steps: must be at least 1 or null, got {self.steps}"
+        if self.epochs <= 0:
+            yield f"epochs: must be above 0, got {self.epochs}"
+        for name in ("batch_size", "grad_accum", "log_every", "read_threads", "read_ahead"):
+            if getattr(self, name) < 1:
+                yield f"{name}: must be at least 1, got {getattr(self, name)}"
+        for name in (
+            "eval_every",
+            "eval_samples",
+            "sample_every",
+            "samples",
+            "save_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 0:
+                yield f"{name}: must be at least 0, got {getattr(self, name)}"
+        if self.precision not in ("auto", "fp32", "bf16"):
+            yield f'precision: must be "auto", "fp32" or "bf16", got {self.precision!r}'
+
+
+@dataclass
+class EvalConfig:
+    """How captions are generated, while training and in `align eval`."""
+
+    temperature: float = 0.0
+    """0 is greedy; 0.2 to 0.7 is what the flagship's evaluation protocol samples with."""
+    top_p: float = 0.9
+    """Of the sampled distribution; without effect when greedy."""
+    max_new_tokens: int = 64
+    batch_size: int = 32
+    """Captions generated at once."""
+    seed: int = 0
+    """Of the sampling."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values, one "field: reason" each."""
+        if self.temperature < 0:
+            yield f"temperature: must be at least 0, got {self.temperature}"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p: must be in (0, 1], got {self.top_p}"
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                yield f"{name}: must be at least 1, got {getattr(self, name)}"
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a run's result, but for the store and the data it names."""
+
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    connector: ConnectorConfig = field(default_factory=ResamplerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def load_config(name_or_path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a shipped recipe's name or of a YAML file, with KEY=VALUE overrides on top.
+
+    name_or_path: None takes the defaults.
+    overrides: e.g. "optim.lr=2e-4". When `connector.name` is overridden, what the file says about
+        another connector is dropped.
+
+    Raises ConfigError with every problem at once, each with its dotted path.
+    """
+    problems: list[str] = []
+    given: dict[str, Any] = {}
+    title = "the command line"
+    if name_or_path is not None:
+        path = find_config(name_or_path)
+        title = f"{path}" if not overrides else f"{path} and the command line"
+        given = _read_yaml(path)
+    on_top = _parse_overrides(overrides, problems)
+
+    named = on_top.get("connector")
+    if isinstance(named, dict) and "name" in named:
+        of_file = given.get("connector")
+        if isinstance(of_file, dict) and of_file.get("name", "resampler") != named["name"]:
+            del given["connector"]
+    merged = OmegaConf.to_container(OmegaConf.merge(given, on_top))
+    assert isinstance(merged, dict)
+
+    sections = {f.name: f for f in dataclasses.fields(RunConfig)}
+    for key in merged:
+        if key not in sections:
+            problems.append(f"{key}: no such section{_did_you_mean(str(key), sections)}")
+    built = {
+        name: _build_section(name, _section_class(name, merged, problems), merged, problems)
+        for name in sections
+    }
+    if problems:
+        head = f"{len(problems)} problem{'s' * (len(problems) > 1)} in {title}: "
+        raise ConfigError(head + "; ".join(problems))
+    return RunConfig(**built)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Writes the resolved config as YAML that `load_config` reads back to an equal value."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict(config))))
+
+
+def config_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as nested plain values."""
+    return {f.name: dataclasses.asdict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def diff_fields(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two JSON-like values differ, one "dotted.path: a -> b" each, in a's order, then b's.
+
+    A list is compared as one value. A key that only one side has reads as (absent) on the other.
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        absent = _Absent()
+        return [
+            line
+            for key in [*a, *(key for key in b if key not in a)]
+            for line in diff_fields(
+                a.get(key, absent), b.get(key, absent), f"{path}.{key}" if path else str(key)
+            )
+        ]
+    return [] if a == b else [f"{path}: {a!r} -> {b!r}"]
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+def list_configs() -> dict[str, Path]:
+    """Name -> file of the recipes that are shipped."""
+    return {path.stem: path for path in sorted(_config_folder().glob("*.yaml"))}
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """The file of a shipped recipe's name, or the path itself.
+
+    Raises ConfigError where there is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = list_configs()
+    if str(name_or_path) in shipped:
+        return shipped[str(name_or_path)]
+    raise ConfigError(
+        f"{name_or_path}: neither a file nor a shipped config"
+        f"{_did_you_mean(str(name_or_path), shipped)}; `align configs` lists them"
+    )
+
+
+def _config_folder() -> Path:
+    """`configs/` of the checkout, or where the wheel put it."""
+    package = Path(align.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.load(path)
+        content = OmegaConf.to_container(loaded, resolve=True)
+    # OmegaConf passes PyYAML's own errors through; both are the user's to mend.
+    except (OmegaConfBaseException, _yaml_error(), OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold sections such as `optim:`, holds a list or a value")
+    return {str(key): value for key, value in content.items()}
+
+
+def _yaml_error() -> type[Exception]:
+    import yaml
+
+    return yaml.YAMLError
+
+
+def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    parsed = OmegaConf.create({})
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            problems.append(f"{override}: must be KEY=VALUE, e.g. optim.lr=2e-4")
+            continue
+        try:
+            parsed = OmegaConf.merge(parsed, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, _yaml_error()) as error:
+            problems.append(f"{override}: {_one_line(error)}")
+    content = OmegaConf.to_container(parsed)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def _section_class(name: str, merged: dict[str, Any], problems: list[str]) -> type:
+    """The dataclass of a section; for `connector`, the one that its `name` asks for."""
+    if name != "connector":
+        default = getattr(RunConfig(), name)
+        return type(default)
+    section = merged.get("connector")
+    wanted = section.get("name", "resampler") if isinstance(section, dict) else "resampler"
+    if wanted not in CONNECTORS:
+        known = ", ".join(CONNECTORS)
+        problems.append(
+            f"connector.name: no connector {wanted!r}{_did_you_mean(str(wanted), CONNECTORS)}; "
+            f"there are {known}"
+        )
+        # Its other fields can be judged only once it is known which connector is meant.
+        merged["connector"] = {}
+        wanted = "resampler"
+    return CONNECTORS[wanted]
+
+
+def _build_section(name: str, kind: type, merged: dict[str, Any], problems: list[str]) -> Any:
+    values = merged.get(name)
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        problems.append(f"{name}: is a section, e.g. {name}.FIELD=VALUE, got {values!r}")
+        return kind()
+    node = OmegaConf.structured(kind)
+    fields = {f.name for f in dataclasses.fields(kind)}
+    known = len(problems)
+    for key, value in values.items():
+        if key not in fields:
+            problems.append(f"{name}.{key}: no such field{_did_you_mean(str(key), fields)}")
+            continue
+        try:
+            OmegaConf.update(node, key, value)
+        except OmegaConfBaseException as error:
+            problems.append(f"{name}.{key}: {_one_line(error)}")
+    section = OmegaConf.to_object(node)
+    # A section with wrong types is not yet worth judging by its values.
+    if len(problems) == known and hasattr(section, "problems"):
+        problems.extend(f"{name}.{problem}" for problem in section.problems())
+    return section
+
+
+def _did_you_mean(wrong: str, known: Sequence[str] | Any) -> str:
+    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
+    return f", did you mean `{close[0]}`?" if close else ""
+
+
+def _one_line(error: Exception) -> str:
+    """The message without the location lines that OmegaConf and PyYAML append."""
+    return " ".join(str(error).split("\n    full_key")[0].split())

@@ -1,0 +1,1 @@
+"""From records and stored features to the batches that the model sees."""

@@ -1,0 +1,181 @@
+"""Token sequences and features -> one padded batch, read from the store ahead of its use.
+
+    B samples, I images in the batch, P patches, D encoder width, T longest sequence,
+    S visual slots in the batch, N supervised positions in the batch
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from align.data.dataset import LeftOut, Sample
+from align.data.tokens import IGNORE, SampleEncoder, TokenizedSample
+from align.errors import DataError, TemplateError
+from featcache.store import Store
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the model sees, right-padded to the longest sample.
+
+    input_ids: int64[B, T]; slots carry the image token, padding the id 0 (nothing looks at it).
+    labels: int64[B, T]; IGNORE where not supervised, not shifted.
+    is_slot: bool[B, T].
+    features: float[I, P, D] in the store's dtype, the images of sample 0 first.
+    slots: int64[S], flat positions b * T + t of the slots, in order.
+    predictors: int64[N], flat positions whose next token is supervised.
+    targets: int64[N], those next tokens.
+    ids: B record ids.
+    keys: I image keys.
+
+    The last four lines hold nothing that the first three do not; they are worked out here, on the
+    CPU, so that no step waits for the device to count a mask.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    is_slot: Tensor
+    features: Tensor
+    slots: Tensor
+    predictors: Tensor
+    targets: Tensor
+    ids: list[str]
+    keys: list[str]
+
+    @property
+    def num_supervised(self) -> int:
+        """N, known without asking the device."""
+        return self.targets.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device. The reader's buffer may be reused once this has returned:
+        pageable memory has been read by then, though the copy may still be under way.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            input_ids=move(self.input_ids),
+            labels=move(self.labels),
+            is_slot=move(self.is_slot),
+            features=move(self.features),
+            slots=move(self.slots),
+            predictors=move(self.predictors),
+            targets=move(self.targets),
+            ids=self.ids,
+            keys=self.keys,
+        )
+
+
+def collate(
+    tokenized: Sequence[TokenizedSample], samples: Sequence[Sample], features: Tensor
+) -> Batch:
+    """Pads on the right to the longest sample. features: float[I, P, D] of all their images."""
+    B = len(tokenized)
+    T = max(len(sample.input_ids) for sample in tokenized)
+    input_ids = np.zeros((B, T), np.int64)
+    labels = np.full((B, T), IGNORE, np.int64)
+    is_slot = np.zeros((B, T), np.bool_)
+    for row, sample in enumerate(tokenized):
+        length = len(sample.input_ids)
+        input_ids[row, :length] = sample.input_ids
+        labels[row, :length] = sample.labels
+        is_slot[row, :length] = sample.is_slot
+    # Position t predicts token t + 1; the first token of a sequence is predicted by none.
+    supervised = np.flatnonzero(labels[:, 1:] != IGNORE)
+    b, t = np.divmod(supervised, T - 1) if T > 1 else (supervised, supervised)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        is_slot=torch.from_numpy(is_slot),
+        features=features,
+        slots=torch.from_numpy(np.flatnonzero(is_slot)),
+        predictors=torch.from_numpy(b * T + t),
+        targets=torch.from_numpy(labels[b, t + 1]),
+        ids=[sample.record.id for sample in samples],
+        keys=[key for sample in samples for key in sample.record.images],
+    )
+
+
+CACHED_SAMPLES = 50_000
+"""Tokenised samples that a Loader keeps for later epochs: about 1 KB each."""
+
+
+@dataclass(slots=True)
+class Loader:
+    """Streams batches of a split; features are read in the background, in order.
+
+    layer: of the store.
+    threads, depth: of the reader, see `featcache.reader.FeatureReader`.
+    skipped: samples that turned out, once tokenised, to have nothing to learn.
+    """
+
+    store: Store
+    samples: Sequence[Sample]
+    encoder: SampleEncoder
+    layer: str
+    threads: int = 2
+    depth: int = 3
+    skipped: LeftOut = field(default_factory=LeftOut)
+    _tokenized: dict[int, TokenizedSample] = field(default_factory=dict, repr=False)
+    _unusable: set[int] = field(default_factory=set, repr=False)
+
+    def stream(self, index_batches: Iterable[NDArray[np.int64]]) -> Generator[Batch, None, None]:
+        """One batch per index array; its features are valid only until the next one is asked for.
+
+        Raises DataError for a batch of which no sample can be used.
+        """
+        # Tokenised as the reader asks for rows: `depth` batches ahead of the one in use.
+        ahead: deque[tuple[list[TokenizedSample], list[Sample]]] = deque()
+
+        def rows() -> Iterator[NDArray[np.int64]]:
+            for indices in index_batches:
+                tokenized, samples = self._tokenize(indices)
+                ahead.append((tokenized, samples))
+                yield np.concatenate([sample.rows for sample in samples])
+
+        with self.store.reader(self.layer, threads=self.threads, depth=self.depth) as reader:
+            for features in reader.stream(rows()):
+                tokenized, samples = ahead.popleft()
+                yield collate(tokenized, samples, features)
+
+    def load(self, indices: NDArray[np.int64]) -> Batch:
+        """One batch with memory of its own.
+
+        Raises DataError as `stream` does.
+        """
+        tokenized, samples = self._tokenize(indices)
+        with self.store.reader(self.layer, threads=self.threads, depth=1) as reader:
+            features = reader.read(np.concatenate([sample.rows for sample in samples]))
+        return collate(tokenized, samples, features)
+
+    def _tokenize(self, indices: NDArray[np.int64]) -> tuple[list[TokenizedSample], list[Sample]]:
+        tokenized: list[TokenizedSample] = []
+        samples: list[Sample] = []
+        for index in indices.tolist():
+            sample = self.samples[index]
+            known = self._tokenized.get(index)
+            if known is None:
+                try:
+                    known = self.encoder.encode(sample.record)
+                except TemplateError as error:
+                    if index not in self._unusable:  # counted once, not once an epoch
+                        self._unusable.add(index)
+                        self.skipped.add(str(error), sample.record.id)
+                    continue
+                # At 558K samples only some would be kept, and an epoch is hours away anyhow.
+                if len(self._tokenized) < CACHED_SAMPLES:
+                    self._tokenized[index] = known
+            tokenized.append(known)
+            samples.append(sample)
+        if not samples:
+            raise DataError(f"a whole batch of {len(indices)} has nothing to learn: {self.skipped}")
+        return tokenized, samples

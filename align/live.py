@@ -1,0 +1,83 @@
+"""The live path: image files -> encoder -> connector -> words, without a store in between.
+
+Uses the same decoding, resizing, encoder and layer that the run's store was made with, and refuses
+an encoder that is another one, so that what it says is what the cached path says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from align.errors import DataError
+from align.generate import generate
+from align.run import Run
+from featcache.encoders import load_encoder
+from featcache.errors import ImageError
+from featcache.fingerprint import fingerprint, require_same
+from featcache.images import load_image
+from featcache.manifests import Record
+
+DECIDING = ("encoder", "features", "preprocessing")
+"""Parts of a store's fingerprint that another machine or library version does not change."""
+
+
+def caption_images(
+    run: Run,
+    images: Sequence[Path],
+    *,
+    encoder: str | None = None,
+    temperature: float | None = None,
+) -> list[str]:
+    """One caption for each image file, in the run's template.
+
+    encoder: name, hub id or folder; None takes the name in the store's fingerprint.
+    temperature: None takes the run's own setting.
+
+    Raises DataError for a file that is no readable image, EncoderError for an encoder that cannot
+    be loaded, and FingerprintMismatch for one that the run's store was not made with.
+    """
+    stored = run.store.fingerprint
+    loaded = load_encoder(
+        encoder or stored["encoder"]["name"],
+        layers=run.store.layers,
+        device=run.model.device,
+        random_weights=stored["encoder"]["revision"] == "random weights",
+    )
+    require_same(
+        _deciding(stored),
+        _deciding(fingerprint(loaded)),
+        left_name=str(run.store.path),
+        right_name=f"encoder {loaded.name}",
+        cure="give the encoder that the store was made with: --encoder NAME|HUB_ID|FOLDER",
+    )
+    pixels = []
+    for path in images:
+        try:
+            pixels.append(torch.from_numpy(loaded.preprocess(load_image(path)).copy()))
+        except ImageError as error:
+            raise DataError(f"{path}: {error}") from error
+    records = [Record(str(path), (path.name,), (), None, str(path)) for path in images]
+    config = run.config.eval
+    if temperature is not None:
+        config = replace(config, temperature=temperature)
+    said: list[str] = []
+    for start in range(0, len(images), config.batch_size):
+        part = slice(start, start + config.batch_size)
+        features = loaded.encode(torch.stack(pixels[part])).features[run.layer]
+        # Rounded as the store rounds it, so that both paths see the same numbers.
+        said += generate(
+            run.model, run.encoder, records[part], features.to(run.store.dtype), config
+        )
+    return said
+
+
+def _deciding(found: dict[str, object]) -> dict[str, object]:
+    parts = {name: found[name] for name in DECIDING}
+    encoder = dict(found["encoder"])  # type: ignore[call-overload]
+    # A model may be reached by another name or revision; the weights' digest tells.
+    del encoder["name"], encoder["revision"]
+    return {**parts, "encoder": encoder}

@@ -1,0 +1,179 @@
+"""The frozen language model, its tokenizer, and what identifies them.
+
+Source: `Qwen3ForCausalLM` of transformers, untouched; any causal model there that has a backbone
+taking `inputs_embeds` and a bias-free output layer runs the same way.
+
+    H model width, V vocabulary
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import align
+from align.errors import ModelError
+
+SHIPPED = {"tiny": "qwen3-tiny"}
+"""Names of checkpoints that come with the package -> folder under align/assets."""
+
+
+@dataclass
+class LLMConfig:
+    """Which language model, and how it computes."""
+
+    name: str = "tiny"
+    """"tiny" (shipped), a Hugging Face hub id, e.g. "Qwen/Qwen3-8B-Base", or a local folder."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null takes the newest."""
+    image_token: str = "<|image_pad|>"
+    """The existing token that the slots of an image carry. Its embedding is overwritten there."""
+    attention: str = "sdpa"
+    """Attention kernel as transformers names it: "sdpa", "eager", "flash_attention_2", ..."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values, one "field: reason" each."""
+        if not self.name:
+            yield "name: must not be empty"
+
+
+@dataclass(slots=True)
+class FrozenLLM:
+    """A causal language model without gradients for its own weights.
+
+    model: on its device, in eval mode, no parameter requiring a gradient.
+    image_token_id: the token that slots carry.
+    hidden_size: H.
+    identity: what a checkpoint of a connector remembers of this model, JSON-able.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    hidden_size: int
+    identity: dict[str, Any]
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The input table, float[V, H]."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def head(self) -> Tensor:
+        """The output layer's weight, float[V, H]."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its output layer; returns `last_hidden_state` float[B, T, H]."""
+        return self.model.base_model
+
+
+def load_llm(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> FrozenLLM:
+    """Loads and freezes a causal language model.
+
+    Raises ModelError where it cannot be found or read, has no output layer of the plain kind, or
+    lacks the token that slots are to carry.
+    """
+    source = find_llm(config.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, revision=config.revision, dtype=dtype, attn_implementation=config.attention
+        )
+    # transformers reports a missing repository, an unreadable file and an unknown architecture as
+    # OSError or ValueError with a paragraph of advice; the first line says what happened.
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"llm.name={config.name}: {str(error).splitlines()[0]}") from error
+    return freeze(model.to(device), tokenizer, config)
+
+
+def freeze(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LLMConfig
+) -> FrozenLLM:
+    """Wraps a loaded model: eval mode, no gradients, slots on an existing token.
+
+    Raises ModelError as `load_llm` does.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ModelError(f"llm.name={config.name}: its output layer is not a plain linear layer")
+    model.requires_grad_(False)
+    model.eval()
+    embedding = model.get_input_embeddings()
+    return FrozenLLM(
+        model=model,
+        tokenizer=tokenizer,
+        image_token_id=_image_token_id(tokenizer, config, len(embedding.weight)),
+        hidden_size=int(embedding.weight.shape[1]),
+        identity=_identity(model, tokenizer, config),
+    )
+
+
+def find_llm(name: str) -> str:
+    """The folder of a shipped checkpoint's name; other names (hub ids, paths) as they are.
+
+    Raises ModelError where a name looks like a local path and nothing is there.
+    """
+    if name in SHIPPED:
+        folder = Path(align.__file__).parent / "assets" / SHIPPED[name]
+        if not folder.is_dir():
+            raise ModelError(f"llm.name={name}: {folder} is missing from this installation")
+        return str(folder)
+    if name.startswith(("/", "./", "../", "~")):
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            raise ModelError(f"llm.name={name}: no such folder")
+        return str(path)
+    return name
+
+
+def _image_token_id(tokenizer: PreTrainedTokenizerBase, config: LLMConfig, rows: int) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(config.image_token)
+    if not isinstance(token_id, int) or token_id == tokenizer.unk_token_id or token_id >= rows:
+        raise ModelError(
+            f"llm.image_token={config.image_token}: not a token of {config.name}; name one that "
+            "it has and that no caption uses, e.g. a reserved or padding token"
+        )
+    return token_id
+
+
+def _identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LLMConfig
+) -> dict[str, Any]:
+    """What tells two language models apart without reading all their weights.
+
+    `probe` is a digest of 64 rows spread over the embedding table, rounded to bf16: it tells Base
+    from Instruct and is the same whether the model was loaded in fp32 or in bf16.
+    """
+    settings = model.config
+    embedding = model.get_input_embeddings().weight
+    rows = torch.linspace(0, len(embedding) - 1, 64).long().to(embedding.device)
+    probe = embedding[rows].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return {
+        "name": config.name,
+        "revision": getattr(settings, "_commit_hash", None),
+        "model_type": settings.model_type,
+        "hidden_size": settings.hidden_size,
+        "num_hidden_layers": settings.num_hidden_layers,
+        "vocab_size": settings.vocab_size,
+        "probe": hashlib.blake2b(probe, digest_size=8).hexdigest(),
+        "tokenizer": {
+            "size": len(tokenizer),
+            "digest": hashlib.blake2b(vocabulary.encode(), digest_size=8).hexdigest(),
+        },
+    }

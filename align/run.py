@@ -1,0 +1,280 @@
+"""A run's folder, and the parts of a run put together: for training, and to load it back.
+
+    RUN/config.yaml      the resolved config
+    RUN/run.json         store, language model, counts, versions, status
+    RUN/metrics.jsonl    see align.tracking
+    RUN/checkpoints/     see align.checkpoint
+    RUN/eval/, RUN/report.html    written by `align eval` and `align report`
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+import featcache
+from align.checkpoint import Checkpoint, find_checkpoint, load_connector
+from align.config import RunConfig, diff_fields, load_config
+from align.connectors import build_connector
+from align.data.collate import Loader
+from align.data.dataset import DataSplits, build_splits
+from align.data.tokens import SampleEncoder
+from align.errors import CheckpointError, RunError
+from align.llm import load_llm
+from align.vlm import AlignModel
+from featcache.errors import ConfigError
+from featcache.files import publish_json
+from featcache.fingerprint import require_same
+from featcache.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where a run keeps what."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def info(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def read_info(self) -> dict[str, Any]:
+        """The content of run.json.
+
+        Raises RunError where this is no run's folder.
+        """
+        try:
+            return dict(json.loads(self.info.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path}: not a run's folder: {self.info}: {error}") from error
+
+    def write_info(self, info: dict[str, Any]) -> None:
+        """Replaces run.json in one go."""
+        publish_json(self.info, info)
+
+
+@dataclass(slots=True)
+class Run:
+    """A run's parts, ready to train or to generate.
+
+    path: its folder.
+    layer: the store's array that it reads.
+    step: optimizer steps that the connector has seen.
+    """
+
+    path: Path
+    config: RunConfig
+    store: Store
+    layer: str
+    splits: DataSplits
+    model: AlignModel
+    encoder: SampleEncoder
+    step: int = 0
+    checkpoint: Checkpoint | None = field(default=None)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it keeps what."""
+        return RunFolder(self.path)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The language model's."""
+        return self.model.llm.tokenizer
+
+    def loader(self, split: str) -> Loader:
+        """Batches of "train" or "val".
+
+        Raises DataError where the split is empty.
+        """
+        train = self.config.train
+        return Loader(
+            self.store,
+            self.splits.split(split),
+            self.encoder,
+            self.layer,
+            train.read_threads,
+            train.read_ahead,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run remembers besides weights, JSON-able.
+
+        `data` is a digest of the training samples' ids in their order.
+        """
+        digest = xxhash.xxh3_64()
+        for sample in self.splits.train:
+            digest.update(f"{sample.record.id}\n".encode())
+        return {
+            "store": self.store.fingerprint,
+            "llm": self.model.llm.identity,
+            "widths": {
+                "num_patches": self.store.num_patches,
+                "in_width": self.store.width,
+                "out_width": self.model.llm.hidden_size,
+            },
+            "data": {"train": len(self.splits.train), "ids": digest.hexdigest()},
+            "versions": versions(),
+        }
+
+
+def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> Run:
+    """Opens the store, loads the language model, joins the data, builds an untrained connector.
+
+    features: exactly one store for the connectors there are.
+
+    Raises the errors of each part: StoreError, ModelError, DataError, ConfigError.
+    """
+    if len(features) != 1:
+        raise ConfigError(
+            f"--features: connector {config.connector.name} reads one store, got {len(features)}"
+        )
+    store = featcache.open(Path(features[0]))
+    layer = _layer(config, store)
+    device = _device(config)
+    bf16 = _is_bf16(config, device)
+    llm = load_llm(config.llm, device, torch.bfloat16 if bf16 else torch.float32)
+    torch.manual_seed(config.train.seed)
+    connector = build_connector(config.connector, store.width, store.num_patches, llm.hidden_size)
+    return Run(
+        path=path,
+        config=config,
+        store=store,
+        layer=layer,
+        splits=build_splits(config.data, config.template, store),
+        model=AlignModel(connector.to(device), llm, torch.bfloat16 if bf16 else None),
+        encoder=SampleEncoder(
+            llm.tokenizer,
+            config.template,
+            connector.num_tokens,
+            llm.image_token_id,
+            config.data.max_length,
+        ),
+    )
+
+
+def load_run(
+    path: Path | str,
+    checkpoint: str = "last",
+    *,
+    features: Sequence[Path | str] = (),
+    overrides: Sequence[str] = (),
+) -> Run:
+    """A trained run with the connector of one of its checkpoints, in eval mode.
+
+    checkpoint: "last", "best", or a step.
+    features: another place of the same store, or other images' features by the same encoder; empty
+        takes the store that the run was trained on.
+    overrides: KEY=VALUE on the run's config, e.g. "train.device=cpu".
+
+    Raises RunError where `path` is no run, CheckpointError where the checkpoint does not fit, and
+    FingerprintMismatch where the store's features were made by other means.
+    """
+    folder = RunFolder(Path(path))
+    info = folder.read_info()
+    config = load_config(folder.config, overrides)
+    found = find_checkpoint(folder.checkpoints, checkpoint)
+    run = assemble(config, features or info["features"], folder.path)
+    restore(run, found)
+    run.model.eval()
+    return run
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Puts a checkpoint's weights into an assembled run; returns its state.
+
+    Raises CheckpointError or FingerprintMismatch where it was trained with another language model,
+    tokenizer or encoder.
+    """
+    state = checkpoint.state()
+    require_same(
+        state["store"],
+        run.store.fingerprint,
+        left_name=str(checkpoint.path),
+        right_name=str(run.store.path),
+        cure="use the store that the run was trained on, or extract with the same encoder",
+    )
+    changed = [
+        line
+        for line in diff_fields(
+            {"llm": state["llm"], "widths": state["widths"]},
+            {"llm": run.model.llm.identity, "widths": run.identity()["widths"]},
+        )
+        # A model may be reached by another name; the probe tells whether it is another model.
+        if not line.startswith(("llm.name:", "llm.revision:"))
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint.path}: trained with another model: {'; '.join(changed)}; "
+            f"use llm.name={state['llm']['name']}"
+        )
+    load_connector(checkpoint, run.model.connector)
+    run.step = checkpoint.step
+    run.checkpoint = checkpoint
+    return state
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+
+
+def absolute(features: Sequence[Path | str]) -> list[str]:
+    """Store paths as run.json keeps them: independent of the working directory."""
+    return [os.fspath(Path(path).absolute()) for path in features]
+
+
+def _layer(config: RunConfig, store: Store) -> str:
+    wanted = config.features.layer
+    if wanted is None:
+        if len(store.layers) > 1:
+            raise ConfigError(
+                f"{store.path} holds the layers {', '.join(store.layers)}; "
+                f"choose one with features.layer={store.layers[0]}"
+            )
+        return store.layers[0]
+    if wanted not in store.layers:
+        raise ConfigError(
+            f"features.layer={wanted}: {store.path} holds {', '.join(store.layers)}; "
+            f"extract it with --layer {wanted}"
+        )
+    return wanted
+
+
+def _device(config: RunConfig) -> torch.device:
+    if config.train.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.train.device)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device={config.train.device}: no such device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"train.device={config.train.device}: this machine has no CUDA device")
+    return device
+
+
+def _is_bf16(config: RunConfig, device: torch.device) -> bool:
+    if config.train.precision == "auto":
+        return device.type == "cuda"
+    return config.train.precision == "bf16"

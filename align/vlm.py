@@ -1,0 +1,98 @@
+"""The trained whole: features -> connector -> frozen language model -> loss.
+
+    B samples, I images in the batch, P patches, D encoder width, Q visual tokens per image,
+    H LLM width, T sequence length, V vocabulary
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from align.connectors import Connector
+from align.data.collate import Batch
+from align.llm import FrozenLLM
+from align.loss import linear_cross_entropy
+
+
+class AlignModel(nn.Module):
+    """A connector in front of a frozen language model.
+
+    1. `connector(features)`: float[I, P, D] -> visual tokens float[I, Q, H].
+    2. Text embeddings are looked up without gradient; those of the slots are replaced, out of
+       place, by the visual tokens in their order.
+    3. The frozen backbone runs causally. Padding is on the right, so no real position looks at it
+       and no mask is needed: the plain causal kernel runs.
+    4. The supervised positions alone go through the output layer and the cross-entropy.
+
+    Only the connector's parameters belong to this module; the language model is kept beside it, so
+    that `state_dict`, `parameters` and `to` never touch frozen weights.
+
+    autocast: dtype of the products, or None to compute in the weights' own dtype.
+    """
+
+    def __init__(
+        self, connector: Connector, llm: FrozenLLM, autocast: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.connector = connector
+        self._llm = [llm]  # in a list: an nn.Module held as an attribute would become a submodule
+        self.autocast = autocast
+
+    @property
+    def llm(self) -> FrozenLLM:
+        """The frozen language model."""
+        return self._llm[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        return self.llm.head.device
+
+    def forward(self, batch: Batch) -> tuple[Tensor, int]:
+        """The summed loss (fp32 scalar) and the number of supervised tokens that it sums over.
+
+        The sum, not the mean: with gradient accumulation or several ranks, dividing by all
+        supervised tokens of a step must happen outside.
+        """
+        with self.precision():
+            embeds = self.inject(batch.input_ids, batch.slots, self.visual(batch.features))
+            hidden = self.llm.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            supervised = hidden.flatten(0, 1).index_select(0, batch.predictors)
+            loss = linear_cross_entropy(supervised, self.llm.head, batch.targets)
+        return loss, batch.num_supervised
+
+    def visual(self, features: Tensor) -> Tensor:
+        """features float[I, P, D] in any dtype -> visual tokens float[I, Q, H]."""
+        dtype = self.autocast or next(self.connector.parameters()).dtype
+        tokens: Tensor = self.connector(features.to(dtype))
+        return tokens
+
+    def inputs_embeds(self, input_ids: Tensor, is_slot: Tensor, features: Tensor) -> Tensor:
+        """What the backbone starts from, float[B, T, H], for padding on either side.
+
+        input_ids: int64[B, T]; is_slot: bool[B, T]; features: float[I, P, D], the images in the
+        order of their slots.
+        """
+        with self.precision():
+            slots = is_slot.flatten().nonzero().squeeze(1)
+            return self.inject(input_ids, slots, self.visual(features))
+
+    def inject(self, input_ids: Tensor, slots: Tensor, visual: Tensor) -> Tensor:
+        """float[B, T, H]: embeddings of input_ids int64[B, T], with visual tokens in the slots.
+
+        slots: int64[I * Q], flat positions b * T + t, rising; visual: float[I, Q, H].
+        """
+        with torch.no_grad():
+            text = self.llm.embedding(input_ids)
+        tokens = visual.flatten(0, 1).to(text.dtype)
+        return text.flatten(0, 1).index_copy(0, slots, tokens).view_as(text)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Autocast where it is asked for."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)

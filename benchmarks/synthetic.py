@@ -1,0 +1,53 @@
+"""A store of random features, written by the real writer without an encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from featcache.codecs import get_codec
+from featcache.extract import prepare_store
+from featcache.images import digest
+from featcache.index import Plan, compile_index
+from featcache.layout import ShardGeometry, StoreInfo
+from featcache.writer import ShardBuffer
+
+
+def write_store(
+    out: Path, images: int, num_patches: int = 729, width: int = 1152, shard_images: int = 128
+) -> Path:
+    """`images` rows of incompressible finite fp16 under the keys "0.jpg", "1.jpg", ..."""
+    codec = get_codec("fp16")
+    info = StoreInfo(
+        fingerprint={"encoder": {"name": "random features"}},
+        codec=codec.name,
+        layers=["-2"],
+        num_patches=num_patches,
+        width=width,
+        shard_images=shard_images,
+        pooled=False,
+    )
+    keys = [f"{i}.jpg" for i in range(images)]
+    plan = Plan(
+        generation=1,
+        first_shard=0,
+        shard_images=shard_images,
+        keys=keys,
+        rows=np.arange(images),
+        new_digests=[digest(key.encode()) for key in keys],
+        missing=[],
+    )
+    prepare_store(out, info, codec, [plan], plan)
+    geometry = ShardGeometry(shard_images, num_patches * width * codec.itemsize)
+    buffer = ShardBuffer(info.layers, geometry, 0)
+    rng = np.random.default_rng(0)
+    for shard in plan.shards:
+        buffer.clear(shard)
+        for slot in range(len(plan.digests_of(shard))):
+            # The exponent's top bit stays clear, so that every value is finite.
+            bits = rng.integers(0, 2**16, geometry.chunk_bytes // 2, dtype=np.uint16) & 0xBFFF
+            buffer.set(slot, {"-2": bits.view(np.uint8)}, None, (640, 480))
+        buffer.publish(out, b"\0\x7e")
+    compile_index(out, info)
+    return out

@@ -1,0 +1,26 @@
+"""`align`: trains, evaluates and shows connectors between frozen encoders and language models."""
+
+from __future__ import annotations
+
+from cli.console import LazyGroup, run
+
+group = LazyGroup(
+    "align",
+    {
+        "train": ("cli.train:train", "Train a connector from a feature store."),
+        "show": ("cli.show:show", "Samples as the model sees them."),
+        "eval": ("cli.eval:evaluate", "Held-out loss, captions and their scores."),
+        "caption": (
+            "cli.caption:caption",
+            "Caption images on the live path.",
+        ),
+        "report": ("cli.report:report", "A run as one static HTML page."),
+        "configs": ("cli.configs:configs", "The recipes shipped, one line each."),
+        "demo": ("cli.demo:demo", "The whole job on generated data: extract, train, eval, report."),
+    },
+    help="Trains connectors between a frozen vision encoder and a frozen language model.",
+)
+
+
+def main() -> None:
+    raise SystemExit(run(group))

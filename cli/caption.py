@@ -1,0 +1,40 @@
+"""`align caption`: the live path, from an image file to words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cli import console
+
+
+@console.command("caption")
+@click.argument("run", type=Path)
+@click.argument("images", nargs=-1, required=True, type=Path, metavar="IMAGE...")
+@click.option("--checkpoint", default="last", show_default=True, help="last, best or a step.")
+@click.option("--encoder", metavar="NAME", help="Where the encoder is now [the store's name].")
+@click.option("--temperature", type=click.FloatRange(0), help="0 is greedy [the run's setting].")
+def caption(
+    run: Path,
+    images: tuple[Path, ...],
+    checkpoint: str,
+    encoder: str | None,
+    temperature: float | None,
+) -> console.Document:
+    """Caption images on the live path: encode, connect, generate.
+
+    The encoder must be the one that RUN's store was made with.
+    """
+    from align.live import caption_images
+    from align.run import load_run
+
+    loaded = load_run(run, checkpoint)
+    said = caption_images(loaded, images, encoder=encoder, temperature=temperature)
+    for path, text in zip(images, said, strict=True):
+        console.say(f"{path}: {text}")
+    return {
+        "captions": [
+            {"image": str(path), "caption": text} for path, text in zip(images, said, strict=True)
+        ]
+    }

@@ -1,0 +1,170 @@
+"""`featcache extract`: images -> features -> store."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cli import console
+
+if TYPE_CHECKING:
+    from featcache.extract import ExtractProgress, ExtractResult
+
+
+@console.command("extract", interrupted="nothing is lost: run the same command again to go on")
+@click.option("--model", required=True, help="A name from `featcache models`, a hub id, a folder.")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    type=Path,
+    metavar="FILE",
+    help="LLaVA JSON, Cambrian JSONL, caption JSONL or a directory of images; may be repeated.",
+)
+@click.option("--images", type=Path, help="What image paths are relative to [the first file's].")
+@click.option("--out", required=True, type=Path, metavar="STORE", help="The store to make or add.")
+@click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    default=("-2",),
+    show_default=True,
+    help="As in hidden_states, or 'last' (after the post-layernorm); may be repeated.",
+)
+@click.option("--codec", default="fp16", show_default=True, help="fp16 or bf16.")
+@click.option("--batch-size", default="auto", show_default=True, help="Images per forward.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option("--shard-images", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
+@click.option("--workers", type=click.IntRange(1), default=2, help="Decoding threads [2].")
+@click.option(
+    "--executor",
+    type=click.Choice(["local"]),
+    default="local",
+    show_default=True,
+    help="Where shards are encoded.",
+)
+@click.option(
+    "--max-failures",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    metavar="RATIO",
+    help="Exit 1 when a larger part of the images has no features.",
+)
+@click.option("--dry-run", is_flag=True, help="Scan and plan; say what it would take.")
+@click.option("--random-weights", is_flag=True, help="Seeded random weights, for benchmarks.")
+def extract(
+    model: str,
+    data: tuple[Path, ...],
+    images: Path | None,
+    out: Path,
+    layers: tuple[str, ...],
+    codec: str,
+    batch_size: str,
+    device: str,
+    shard_images: int,
+    limit: int | None,
+    workers: int,
+    executor: str,
+    max_failures: float,
+    dry_run: bool,
+    random_weights: bool,
+) -> console.Result:
+    """Run a frozen vision encoder once over images and store its features.
+
+    Run it again to go on after a stop, or with more data to append.
+    """
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise click.BadParameter(f"{batch_size!r} is neither 'auto' nor a whole number above 0")
+    console.say(f"loading {model}" + (" with RANDOM weights" if random_weights else ""))
+    from featcache.extract import ExtractOptions
+    from featcache.extract import extract as run
+
+    options = ExtractOptions(
+        model=model,
+        data=data,
+        image_root=images,
+        out=out,
+        layers=layers,
+        codec=codec,
+        batch_size=None if batch_size == "auto" else int(batch_size),
+        device=device,
+        shard_images=shard_images,
+        limit=limit,
+        workers=workers,
+        max_failures=max_failures,
+        random_weights=random_weights,
+        dry_run=dry_run,
+    )
+    with ExtractDisplay() as display:
+        result = run(options, display)
+    _summary(options.dry_run, result)
+    document = {**asdict(result), "path": str(result.path)}
+    return console.Result(document, 0 if result.ok else 1)
+
+
+class ExtractDisplay:
+    """Shows an extraction's progress: one bar for the scan, one for the encoding."""
+
+    def __init__(self) -> None:
+        self._bar: console.Progress | None = None
+        self._stage = ""
+
+    def __call__(self, progress: ExtractProgress) -> None:
+        if progress.stage != self._stage:
+            self._close()
+            self._stage = progress.stage
+            self._bar = console.Progress(progress.stage, unit="images", total=progress.total)
+            self._bar.__enter__()
+        assert self._bar is not None
+        shown = {}
+        if progress.failed:
+            shown["failed"] = str(progress.failed)
+        if progress.seconds and progress.done:
+            shown["ms/image:"] = " ".join(
+                f"{stage} {1000 * seconds / progress.done:.1f}"
+                for stage, seconds in progress.seconds.items()
+            )
+        self._bar.update(progress.done, progress.total, **shown)
+
+    def __enter__(self) -> ExtractDisplay:
+        self._start = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+
+def _summary(dry_run: bool, result: ExtractResult) -> None:
+    if result.skipped_records:
+        console.say(f"{result.skipped_records:,} records were skipped as unusable")
+    if dry_run:
+        console.say(
+            f"{result.images:,} images, {result.new:,} of them to encode: at most "
+            f"{console.size(result.nbytes)}; {console.size(result.free_bytes)} are free"
+        )
+        return
+    console.say(
+        f"{result.path}: {result.features:,} of {result.images:,} images have features "
+        f"({result.new:,} new, {console.duration(result.seconds)})"
+    )
+    if result.failures:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.failures.items())
+        console.say(f"without features: {reasons}; `featcache failures {result.path}` lists them")
+    if not result.ok:
+        cure = (
+            "store them with --codec bf16 in a new store"
+            if "overflow" in result.failures
+            else "mend the images and run again, or allow more with --max-failures"
+        )
+        console.fail(f"more images failed than allowed; {cure}")

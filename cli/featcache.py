@@ -1,0 +1,20 @@
+"""`featcache`: makes and inspects stores of vision-encoder features."""
+
+from __future__ import annotations
+
+from cli.console import LazyGroup, run
+
+group = LazyGroup(
+    "featcache",
+    {
+        "extract": ("cli.extract:extract", "Encode images once into a feature store."),
+        "info": ("cli.info:info", "Shape, codec, encoder, rows, failures and bytes of a store."),
+        "failures": ("cli.failures:failures", "The images without features, and why."),
+        "models": ("cli.models:models", "The encoders known by name."),
+    },
+    help="A cache of frozen vision-encoder features: encode once, read back at memory speed.",
+)
+
+
+def main() -> None:
+    raise SystemExit(run(group))

@@ -1,0 +1,90 @@
+"""`align show`: samples as the model sees them."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cli import console
+
+if TYPE_CHECKING:
+    from align.data.tokens import SampleView
+
+
+@console.command("show")
+@click.option("--config", metavar="NAME|FILE", help="A recipe of `align configs`, or a YAML file.")
+@click.option("--features", required=True, multiple=True, type=Path, metavar="STORE")
+@click.option("-n", "count", type=click.IntRange(1), default=3, show_default=True)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def show(
+    config: str | None, features: tuple[Path, ...], count: int, overrides: tuple[str, ...]
+) -> console.Document:
+    """Samples as the model sees them: text, token ids, image slots, what is supervised."""
+    from align.config import load_config
+    from align.data.tokens import describe
+    from align.run import assemble
+
+    run = assemble(load_config(config, overrides), list(features), Path())
+    samples = run.splits.train[:count]
+    views = [describe(sample.record, run.encoder) for sample in samples]
+    for sample, view in zip(samples, views, strict=True):
+        _draw(view, sample.record.images)
+    console.say("[token] is supervised; (image k) stands for slots that image k's features fill")
+    return {
+        "samples": [
+            {
+                "id": view.id,
+                "images": list(sample.record.images),
+                "text": view.text,
+                "target": view.target,
+                "input_ids": [token.id for token in view.tokens],
+                "is_slot": [token.is_slot for token in view.tokens],
+                "is_supervised": [token.is_supervised for token in view.tokens],
+            }
+            for sample, view in zip(samples, views, strict=True)
+        ]
+    }
+
+
+def _draw(view: SampleView, images: tuple[str, ...]) -> None:
+    """One sample: marks that survive without colour, and colour where there is one."""
+    from rich.text import Text
+
+    supervised = sum(token.is_supervised for token in view.tokens)
+    slots = sum(token.is_slot for token in view.tokens)
+    out = Text()
+    out.append(f"{view.id}  {', '.join(images)}", "bold")
+    out.append(f"  {len(view.tokens)} tokens: {slots} slots, {supervised} supervised\n")
+    # A run of slots of one image is one piece; every other token stands alone.
+    for (is_slot, name, _), group in groupby(
+        enumerate(view.tokens),
+        key=lambda item: (
+            item[1].is_slot,
+            item[1].token,
+            None if item[1].is_slot else item[0],
+        ),
+    ):
+        tokens = [token for _, token in group]
+        if is_slot:
+            out.append(f"({name.strip('<>')} x {len(tokens)})", "cyan")
+        elif tokens[0].is_supervised:
+            out.append(f"[{_visible(name)}]", "green")
+        else:
+            out.append(_visible(name), "dim")
+    out.append("\nids  ", "bold")
+    out.append(_ids(view), "dim")
+    console.stderr().print(out, soft_wrap=True)
+    console.say()
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "\\n")
+
+
+def _ids(view: SampleView) -> str:
+    """Token ids; a run of equal ones is written once with its length."""
+    runs = [(key, len(list(group))) for key, group in groupby(token.id for token in view.tokens)]
+    return " ".join(f"{key}" if length == 1 else f"{key}x{length}" for key, length in runs)

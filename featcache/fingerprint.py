@@ -1,0 +1,93 @@
+"""How a store's features were made, as a nested dict in its attributes, and its comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from featcache.errors import FingerprintMismatch
+from featcache.images import PIXEL_RULE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from featcache.encoders import Encoder
+
+HARMLESS = ("versions", "encoder.name", "compute.batch_size")
+"""Fields whose difference alone does not make features differ by more than rounding: library
+versions (parity with Hugging Face is tested across the supported ones), the alias by which the
+encoder was named, and the batch that an image was computed in."""
+
+
+def fingerprint(encoder: Encoder) -> dict[str, Any]:
+    """Everything that decides the value of a stored feature before the storage codec."""
+    return {
+        "encoder": {
+            "name": encoder.name,
+            "revision": encoder.revision,
+            "weights": encoder.weights,
+            "architecture": type(encoder.model).__name__,
+            "num_patches": encoder.num_patches,
+            "width": encoder.width,
+        },
+        "features": {"layers": list(encoder.layers), "dropped_tokens": "none"},
+        "preprocessing": {**encoder.preprocessing.describe(), **PIXEL_RULE},
+        "compute": {
+            "dtype": str(encoder.compute_dtype).removeprefix("torch."),
+            "device": encoder.device.type,
+            "attention": encoder.config._attn_implementation,
+        },
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("torch", "transformers", "pillow", "numpy")
+        },
+    }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """BLAKE2b over the names, shapes and values of all weights, independent of their files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(_bytes(value))
+    return f"blake2b:{digest.hexdigest()}"
+
+
+def diff(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The fields that differ, as (dotted path, left value, right value); absent is None."""
+    a, b = dict(flatten(left)), dict(flatten(right))
+    return [(key, a.get(key), b.get(key)) for key in sorted(a | b) if a.get(key) != b.get(key)]
+
+
+def require_same(
+    left: Mapping[str, Any], right: Mapping[str, Any], *, left_name: str, right_name: str, cure: str
+) -> None:
+    """Raise FingerprintMismatch with every field that differs and matters (not HARMLESS)."""
+    fields = [
+        (key, x, y)
+        for key, x, y in diff(left, right)
+        if not any(key == field or key.startswith(f"{field}.") for field in HARMLESS)
+    ]
+    if fields:
+        listed = "; ".join(
+            f"{key}: {x!r} in {left_name}, {y!r} in {right_name}" for key, x, y in fields
+        )
+        raise FingerprintMismatch(f"{left_name} and {right_name} do not match: {listed}; {cure}")
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A nested mapping's leaves as (dotted path, value)."""
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from flatten(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _bytes(value: torch.Tensor) -> memoryview:
+    import torch
+
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,142 @@
+"""A finished store, opened for reading: what it holds, and which row an image has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featcache import layout
+from featcache.codecs import Codec, get_codec
+from featcache.errors import ConfigError, IncompleteStoreError
+from featcache.index import Failure, Index, load_plans
+from featcache.layout import ShardGeometry, Status, StoreInfo
+from featcache.reader import FeatureReader
+from featcache.writer import Commit
+
+
+class Store:
+    """A feature store on a local disk. Opening maps the index; nothing is read row by row.
+
+    Letters: P patches, D encoder width.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """Raises StoreError (not a store, newer format), IncompleteStoreError (the first
+        extraction has not finished), CorruptStoreError (a damaged index)."""
+        self.path = Path(path)
+        self.info = StoreInfo.load(self.path)
+        if self.info.index is None:
+            done, planned = progress(self.path)
+            raise IncompleteStoreError(
+                f"{self.path} is not finished: {done} of {planned} shards are there; run the same "
+                "`featcache extract` command again to finish it"
+            )
+        self.index = Index.load(self.path, self.info)
+
+    @property
+    def codec(self) -> Codec:
+        return get_codec(self.info.codec)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored values."""
+        return self.codec.dtype
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(self.info.layers)
+
+    @property
+    def num_patches(self) -> int:
+        """P."""
+        return self.info.num_patches
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.info.width
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the arrays, those without features included."""
+        return self.index.num_rows
+
+    @property
+    def num_images(self) -> int:
+        """Rows that hold features."""
+        return int((self.index.status == Status.OK).sum())
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """How the features were made; the storage codec is part of it."""
+        return {**self.info.fingerprint, "codec": self.info.codec}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """{"data": data files, "images": image root} of the latest extraction."""
+        return self.info.source
+
+    @property
+    def sizes(self) -> np.ndarray[Any, Any]:
+        """int32[rows, 2]: each image's original (width, height) in pixels."""
+        return self.index.sizes
+
+    @property
+    def geometry(self) -> ShardGeometry:
+        chunk_bytes = self.num_patches * self.width * self.codec.itemsize
+        return ShardGeometry(self.info.shard_images, chunk_bytes)
+
+    def rows(self, keys: Sequence[str]) -> np.ndarray[Any, Any]:
+        """int64[len(keys)]: the row of each image, -1 where it has no features."""
+        return self.index.find(keys)
+
+    def reason(self, key: str) -> str:
+        """Why an image has no features, for a message."""
+        failure = self.index.failures.get(key)
+        return f"{failure.reason}: {failure.detail}" if failure else "not in the store"
+
+    def failures(self) -> list[Failure]:
+        """The ledger: every image of the data without features, and why."""
+        return list(self.index.failures.values())
+
+    def shard_file(self, layer: str, shard: int) -> Path:
+        return self.path / layout.shard_path(layer, shard)
+
+    def reader(
+        self,
+        layer: str | None = None,
+        *,
+        threads: int = 2,
+        depth: int = 3,
+        pin_memory: bool = False,
+    ) -> FeatureReader:
+        """A reader of one layer (the first where None). See FeatureReader.
+
+        Raises ConfigError for a layer that the store does not hold.
+        """
+        chosen = self.layers[0] if layer is None else layer
+        if chosen not in self.layers:
+            raise ConfigError(
+                f"{self.path} holds no layer {chosen!r}, only {', '.join(self.layers)}; extract "
+                f"it with --layer {chosen}"
+            )
+        return FeatureReader(
+            paths=lambda shard: self.shard_file(chosen, shard),
+            chunks=self.index.chunks[chosen],
+            geometry=self.geometry,
+            shape=(self.num_patches, self.width),
+            dtype=self.dtype,
+            threads=threads,
+            depth=depth,
+            pin_memory=pin_memory,
+        )
+
+
+def progress(root: Path) -> tuple[int, int]:
+    """(committed shards, planned shards) of a store. Raises CorruptStoreError."""
+    planned = [shard for plan in load_plans(root) for shard in plan.shards]
+    return sum(Commit.load(root, shard) is not None for shard in planned), len(planned)

@@ -1,0 +1,110 @@
+"""Batches: padding, flat positions, and features that belong to their samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from align.data.collate import Loader, collate
+from align.data.dataset import DataConfig, Sample, build_splits
+from align.data.sampling import in_order
+from align.data.templates import TemplateConfig
+from align.data.tokens import IGNORE, SampleEncoder
+from align.errors import DataError
+from align.llm import FrozenLLM
+from featcache.store import Store
+
+Q = 2
+
+
+@pytest.fixture
+def samples(store: Store) -> list[Sample]:
+    return build_splits(DataConfig(eval_ratio=0), TemplateConfig(), store).train
+
+
+def make_loader(
+    store: Store, samples: list[Sample], llm: FrozenLLM, max_length: int = 100
+) -> Loader:
+    encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), Q, llm.image_token_id, max_length)
+    return Loader(store, samples, encoder, "-2", threads=2, depth=2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
+def test_batches_hold_their_own_samples(
+    store: Store, samples: list[Sample], llm: FrozenLLM, batch_size: int
+) -> None:
+    loader = make_loader(store, samples, llm)
+    seen = 0
+    with store.reader() as reader:
+        for batch in loader.stream(in_order(len(samples), batch_size)):
+            own = samples[seen : seen + len(batch.ids)]
+            seen += len(own)
+            assert batch.ids == [s.record.id for s in own]
+            assert batch.keys == [key for s in own for key in s.record.images]
+            assert torch.equal(batch.features, reader.read(np.concatenate([s.rows for s in own])))
+            for b, sample in enumerate(own):
+                alone = loader.encoder.encode(sample.record)
+                length = len(alone.input_ids)
+                assert batch.input_ids[b, :length].tolist() == alone.input_ids.tolist()
+                assert batch.labels[b, :length].tolist() == alone.labels.tolist()
+                assert (batch.labels[b, length:] == IGNORE).all()
+                assert not batch.is_slot[b, length:].any()
+    assert seen == len(samples)
+
+
+def test_flat_positions_say_what_the_masks_say(
+    store: Store, samples: list[Sample], llm: FrozenLLM
+) -> None:
+    batch = make_loader(store, samples, llm).load(np.array([3, 1, 38]))
+    T = batch.input_ids.shape[1]
+    assert batch.slots.tolist() == batch.is_slot.flatten().nonzero().flatten().tolist()
+    shifted = [
+        (b * T + t - 1, int(batch.labels[b, t]))
+        for b in range(3)
+        for t in range(1, T)
+        if batch.labels[b, t] != IGNORE
+    ]
+    assert list(zip(batch.predictors.tolist(), batch.targets.tolist(), strict=True)) == shifted
+    assert batch.num_supervised == len(shifted)
+
+
+def test_a_single_token_sequence_has_nothing_to_predict(
+    store: Store, samples: list[Sample], llm: FrozenLLM
+) -> None:
+    from align.data.tokens import TokenizedSample
+
+    one = TokenizedSample(np.array([7]), np.array([7]), np.array([False]))
+    batch = collate([one], samples[:1], torch.zeros(1, 16, 48))
+    assert batch.num_supervised == 0
+
+
+def test_samples_without_room_are_skipped_and_counted_once(
+    store: Store, samples: list[Sample], llm: FrozenLLM
+) -> None:
+    encoder = make_loader(store, samples, llm).encoder
+    prompt = len(encoder.encode_prompt(samples[0].record).input_ids)
+    loader = make_loader(store, samples, llm, max_length=prompt)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"a whole batch of 2 .*2 its images and prompt alone"):
+            loader.load(np.array([0, 1]))
+    assert loader.skipped.total == 2
+
+
+def test_a_failing_read_names_the_store(
+    store: Store, samples: list[Sample], llm: FrozenLLM, tmp_path: Path
+) -> None:
+    import shutil
+
+    import featcache
+    from featcache.errors import StoreError
+
+    broken = tmp_path / "broken.zarr"
+    shutil.copytree(store.path, broken)
+    shard = featcache.open(broken).shard_file("-2", 0)
+    shard.write_bytes(shard.read_bytes()[:100])
+    loader = make_loader(featcache.open(broken), samples, llm)
+    with pytest.raises(StoreError):
+        list(loader.stream(in_order(len(samples), 4)))

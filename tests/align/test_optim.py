@@ -1,0 +1,59 @@
+"""The schedule, and which parameters are decayed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from align.connectors import build_connector
+from align.connectors.resampler import ResamplerConfig
+from align.optim import OptimConfig, build_optimizer, lr_at, split_by_decay
+from align.trainer import update
+
+
+def test_warm_up_then_cosine_to_a_tenth() -> None:
+    config = OptimConfig(lr=1.0, warmup_ratio=0.1)
+    rates = [lr_at(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10] == 1.0 == max(rates)
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+    middle = 10 + 89 / 2
+    assert (rates[math.floor(middle)] + rates[math.ceil(middle)]) / 2 == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_short_runs_have_rates(total: int) -> None:
+    for step in range(total):
+        assert 0 < lr_at(OptimConfig(), step, total) <= 1e-4
+
+
+def test_decay_only_on_matrices_that_multiply() -> None:
+    connector = build_connector(
+        ResamplerConfig(vision_norm=True, kv_norm=True, final_norm=True, position="learned"),
+        12,
+        9,
+        20,
+    )
+    decayed, plain = split_by_decay(connector)
+    assert {name for name in plain if plain[name].ndim > 1} == {"latents", "position"}
+    assert all(p.ndim == 2 and name.endswith("weight") for name, p in decayed.items())
+    assert "blocks.0.attn.in_proj_weight" in decayed
+    assert len(decayed) + len(plain) == len(list(connector.parameters()))
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.5), connector)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_update_divides_clips_and_clears() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight.grad = torch.tensor([30.0, 40.0])
+    assert float(update(optimizer, lr=1.0, tokens=5, clip=1.0)) == pytest.approx(10.0)
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
+    assert weight.grad is None
+    weight.grad = torch.tensor([30.0, 40.0])
+    update(optimizer, lr=0.0, tokens=5, clip=0.0)
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))

@@ -1,0 +1,343 @@
+"""Training through the real trainer: what it writes, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import align
+from align.checkpoint import find_checkpoint, list_checkpoints
+from align.config import RunConfig, load_config, save_config
+from align.errors import AlignError, CheckpointError, RunError
+from align.run import RunFolder, load_run
+from align.tracking import (
+    CheckpointEvent,
+    EvalEvent,
+    Event,
+    NoticeEvent,
+    SampleEvent,
+    StepEvent,
+    read_metrics,
+)
+from align.trainer import evaluate_loss, train
+from featcache.errors import ConfigError, FingerprintMismatch
+from featcache.store import Store
+
+MakeConfig = Callable[..., RunConfig]
+TIMES = ("samples_per_s", "tokens_per_s", "data_wait_ratio", "seconds")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    last = find_checkpoint(run / "checkpoints").path
+    return {
+        f"{file}.{name}": tensor
+        for file in ("connector", "optimizer")
+        for name, tensor in load_file(last / f"{file}.safetensors").items()
+    }
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    """Bit for bit: every logged loss, every weight, every moment."""
+    assert metrics(a) == metrics(b)
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+class Stop(Exception):
+    """Thrown out of a callback, as Ctrl-C would be."""
+
+
+def stop_after(step: int) -> Callable[[Event], None]:
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepEvent) and event.step == step:
+            raise Stop
+
+    return on_event
+
+
+def test_a_run_and_its_folder(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
+    events: list[Event] = []
+    config = make_config("train.steps=20", "train.save_every=8", "train.sample_every=10",
+                         "train.samples=2", "eval.max_new_tokens=5")
+    result = train(config, [store.path], tmp_path / "run", on_event=events.append)
+    steps = [e for e in events if isinstance(e, StepEvent)]
+    evals = [e for e in events if isinstance(e, EvalEvent)]
+    assert [e.step for e in steps] == list(range(1, 21))
+    assert [e.step for e in evals] == [3, 6, 9, 12, 15, 18, 20]
+    assert steps[-1].loss < steps[0].loss - 0.3
+    assert evals[-1].loss < evals[0].loss
+    assert all(0 <= e.data_wait_ratio <= 1 and e.samples_per_s > 0 for e in steps)
+    assert [e.step for e in events if isinstance(e, CheckpointEvent)] == [8, 16, 20]
+    assert (result.step, result.loss, result.eval_loss) == (20, steps[-1].loss, evals[-1].loss)
+    told = [e.text for e in events if isinstance(e, NoticeEvent)]
+    assert told == ["32 samples to train on, 8 held out, 20 steps of 4"]
+    samples = [e for e in events if isinstance(e, SampleEvent)]
+    assert [e.step for e in samples] == [10, 20]
+    assert all(len(e.captions) == 2 and e.captions[0].reference for e in samples)
+
+    folder = RunFolder(tmp_path / "run")
+    assert load_config(folder.config) == config
+    info = folder.read_info()
+    assert (info["status"], info["step"]) == ("finished", 20)
+    assert info["samples"] == {"train": 32, "val": 8, "found": 40, "left_out": {}}
+    assert [c.step for c in list_checkpoints(folder.checkpoints)] == [16, 20]
+    kinds = [line["kind"] for line in read_metrics(folder.metrics)]
+    assert (kinds.count("train"), kinds.count("eval"), kinds.count("samples")) == (20, 7, 2)
+
+    run = load_run(tmp_path / "run")
+    assert (run.step, run.model.training) == (20, False)
+    assert evaluate_loss(run, 1024).loss == evals[-1].loss
+    assert load_run(tmp_path / "run", "16").step == 16
+
+
+def test_gradient_accumulation_is_the_same_step(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """8 x 1, 4 x 2 and 1 x 8 (samples x micro-batches) agree to fp32 rounding."""
+    for size, accum in ((8, 1), (4, 2), (1, 8)):
+        train(
+            make_config(f"train.batch_size={size}", f"train.grad_accum={accum}", "optim.eps=1e-3"),
+            [store.path],
+            tmp_path / f"{accum}",
+        )
+    losses = [
+        torch.tensor([line["loss"] for line in metrics(tmp_path / name) if line["kind"] == "train"])
+        for name in ("1", "2", "8")
+    ]
+    # Measured worst case over 6 steps: 3e-7 of the loss, 2e-6 of a weight. Adam's default eps
+    # would turn the rounding of a gradient near 0 into a whole step of the weight.
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(losses[2], losses[0], rtol=2e-6, atol=0)
+    whole = load_file(find_checkpoint(tmp_path / "1/checkpoints").path / "connector.safetensors")
+    cut = load_file(find_checkpoint(tmp_path / "8/checkpoints").path / "connector.safetensors")
+    for name in whole:
+        torch.testing.assert_close(whole[name], cut[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_resume_is_bit_for_bit(
+    store: Store, make_config: MakeConfig, tmp_path: Path, stop: int
+) -> None:
+    """Stopped before the first checkpoint, right at one, and between two; dropout on."""
+    config = make_config("connector.dropout=0.1", "train.grad_accum=2", "train.steps=7")
+    train(config, [store.path], tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(config, [store.path], tmp_path / "cut", on_event=stop_after(stop))
+    torn = tmp_path / "cut/checkpoints/.partial-step-00000006"
+    torn.mkdir(parents=True)
+    (torn / "connector.safetensors").write_bytes(b"half")
+    with (tmp_path / "cut/metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    torch.manual_seed(999)  # whatever the process did in between
+    result = train(config, [store.path], tmp_path / "cut", resume=True)
+    assert result.step == 7
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+    assert not torn.exists() or stop == 1
+
+
+def test_killed_at_any_moment(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """A process that is killed without warning again and again arrives at the same bytes."""
+    config = make_config("train.steps=60", "connector.dropout=0.1", "train.save_every=5")
+    train(config, [store.path], tmp_path / "whole")
+    save_config(config, tmp_path / "config.yaml")
+    script = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from align.config import load_config\n"
+        "from align.trainer import train\n"
+        "train(load_config(sys.argv[1]), [sys.argv[2]], sys.argv[3], resume=True)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "config.yaml"), str(store.path),
+               str(tmp_path / "killed")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(align.__file__).parents[1])}
+    checkpoints = tmp_path / "killed/checkpoints"
+    for kill in range(2):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        before = len(read_lines(tmp_path / "killed"))
+        deadline = time.monotonic() + 60
+        # Once it has logged some steps of its own, at a moment that differs from kill to kill.
+        while process.poll() is None and time.monotonic() < deadline:
+            if checkpoints.exists() and len(read_lines(tmp_path / "killed")) > before + 7 * kill:
+                break
+            time.sleep(0.003)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def read_lines(run: Path) -> list[str]:
+    file = run / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_a_finished_run_resumes_to_itself(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    train(make_config(), [store.path], tmp_path / "run")
+    before = metrics(tmp_path / "run")
+    result = train(make_config(), [store.path], tmp_path / "run", resume=True)
+    assert result.step == 6
+    assert result.eval_loss is not None
+    assert metrics(tmp_path / "run") == before
+
+
+def test_what_resume_refuses(
+    store: Store, make_config: MakeConfig, tmp_path: Path, world: Path
+) -> None:
+    run = tmp_path / "run"
+    train(make_config(), [store.path], run)
+    with pytest.raises(RunError, match=r"run: already holds a run; give --resume or another --out"):
+        train(make_config(), [store.path], run)
+    with pytest.raises(RunError, match=r"other settings: optim.lr: 0.003 -> 0.1; give the same"):
+        train(make_config("optim.lr=0.1", "train.log_every=3"), [store.path], run, resume=True)
+    shorter = tmp_path / "captions.jsonl"
+    text = (world / "captions.jsonl").read_text()
+    changed = make_config(f"data.files=[{shorter}]")
+    shorter.write_text(text)
+    train(changed, [store.path], tmp_path / "other")
+    shorter.write_text("".join(text.splitlines(keepends=True)[:-9]))
+    with pytest.raises(CheckpointError, match=r"other training samples: train: 32 -> 25; ids:"):
+        train(changed, [store.path], tmp_path / "other", resume=True)
+
+
+def test_another_encoders_store_is_refused(
+    store: Store, make_config: MakeConfig, tmp_path: Path, extract_again: Callable[..., Path]
+) -> None:
+    train(make_config(), [store.path], tmp_path / "run")
+    other = extract_again(tmp_path, seed=7)
+    with pytest.raises(FingerprintMismatch, match=r"encoder.weights: .* in .*step-00000006"):
+        load_run(tmp_path / "run", features=[other])
+    with pytest.raises(FingerprintMismatch):
+        train(make_config(), [other], tmp_path / "run", resume=True)
+
+
+def test_another_language_model_is_refused(
+    store: Store,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    save_llm: Callable[..., None],
+) -> None:
+    train(make_config(), [store.path], tmp_path / "run")
+    save_llm(tmp_path / "wide", hidden_size=96)
+    with pytest.raises(CheckpointError) as caught:
+        load_run(tmp_path / "run", overrides=[f"llm.name={tmp_path / 'wide'}"])
+    message = str(caught.value)
+    assert "trained with another model" in message
+    assert "llm.hidden_size: 64 -> 96" in message
+    assert "widths.out_width: 64 -> 96" in message
+    assert "use llm.name=" in message
+
+
+def test_a_moved_run_and_store_load(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    train(make_config(), [store.path], tmp_path / "run")
+    moved_store = shutil.copytree(store.path, tmp_path / "moved.zarr")
+    moved_run = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert load_run(moved_run, features=[moved_store]).step == 6
+
+
+def test_a_loss_that_is_not_finite_stops(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config("optim.lr=1e30", "optim.clip=0", "train.log_every=50", "train.steps=9",
+                         "train.save_every=5", "train.eval_every=0")
+    with pytest.raises(AlignError, match=r"step \d: loss nan, .* its samples are s\d+, .*--resume"):
+        train(config, [store.path], tmp_path / "run")
+    assert list_checkpoints(tmp_path / "run/checkpoints") == []
+    import json
+
+    document = json.loads((tmp_path / "run/not_finite.json").read_text())
+    assert len(document["ids"]) == 4
+
+
+def test_left_out_records_are_told_before_the_first_step(
+    store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
+    lines = [{"id": f"s{i}", "images": [f"{i:03d}.png"], "caption": "a square"} for i in range(9)]
+    lines += [{"id": "gone", "images": ["gone.png"], "caption": "a ghost"}]
+    data = jsonl(tmp_path / "data.jsonl", lines)
+    events: list[Event] = []
+    train(make_config(f"data.files=[{data}]", "train.steps=1"), [store.path], tmp_path / "run",
+          on_event=events.append)
+    assert isinstance(events[1], NoticeEvent)
+    assert events[1].text == "left out 1 of 10 records: 1 image not in the store (gone)"
+
+
+def test_epochs_count_steps(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("train.steps=null", "train.epochs=1.5")
+    assert train(config, [store.path], tmp_path / "run").step == 12  # 32 samples by 4, 1.5 times
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["features.layer=-7"], r"features.layer=-7: .* holds -2; extract it with --layer -7"),
+        (["train.device=warp9"], r"train.device=warp9: no such device"),
+    ],
+)
+def test_clear_errors(
+    store: Store, make_config: MakeConfig, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(make_config(*overrides), [store.path], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_stores_are_refused(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="reads one store, got 2"):
+        train(make_config(), [store.path, store.path], tmp_path / "run")
+
+
+def test_no_run_to_load(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run's folder"):
+        load_run(tmp_path)
+
+
+def test_the_validation_file_and_no_validation_at_all(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    result = train(make_config("data.eval_ratio=0"), [store.path], tmp_path / "run")
+    assert result.eval_loss is None
+    assert {line["kind"] for line in metrics(tmp_path / "run")} == {"train"}
+
+
+def test_mlp_trains_too(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = load_config(
+        None,
+        [
+            f"llm.name={make_config().llm.name}",
+            "connector.name=mlp",
+            "template.name=plain",
+            "train.steps=20",
+            "train.batch_size=4",
+            "train.log_every=1",
+            "optim.lr=3e-3",
+            "data.eval_ratio=0.1",
+            "train.device=cpu",
+        ],
+    )
+    train(config, [store.path], tmp_path / "run")
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert losses[-1] < losses[0]

@@ -1,0 +1,163 @@
+"""The model's forward pass: injection, causality without a mask, frozen parts, loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from align.connectors import build_connector
+from align.connectors.resampler import ResamplerConfig
+from align.data.collate import Batch, Loader
+from align.data.dataset import DataConfig, build_splits
+from align.data.templates import TemplateConfig
+from align.data.tokens import IGNORE, SampleEncoder
+from align.llm import FrozenLLM
+from align.vlm import AlignModel
+from featcache.store import Store
+
+Q = 4
+
+
+@pytest.fixture
+def model(llm: FrozenLLM) -> AlignModel:
+    torch.manual_seed(0)
+    config = ResamplerConfig(num_latents=Q, depth=1, heads=2, head_dim=16)
+    return AlignModel(build_connector(config, 48, 16, llm.hidden_size), llm)
+
+
+@pytest.fixture
+def batch(store: Store, llm: FrozenLLM) -> Batch:
+    samples = build_splits(DataConfig(eval_ratio=0), TemplateConfig(), store).train
+    encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), Q, llm.image_token_id, 100)
+    return Loader(store, samples, encoder, "-2").load(np.array([0, 2, 7, 5, 33]))
+
+
+def test_only_the_connector_is_trained(model: AlignModel, batch: Batch) -> None:
+    own = {name for name, _ in model.named_parameters()}
+    assert own == {f"connector.{name}" for name, _ in model.connector.named_parameters()}
+    loss, count = model(batch)
+    loss.backward()
+    assert count == batch.num_supervised
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is None for p in model.llm.model.parameters())
+
+
+def test_injection_is_out_of_place_and_in_order(model: AlignModel, batch: Batch) -> None:
+    table = model.llm.embedding.weight.clone()
+    visual = model.visual(batch.features)
+    embeds = model.inject(batch.input_ids, batch.slots, visual)
+    assert torch.equal(embeds[batch.is_slot], visual.flatten(0, 1))
+    text = ~batch.is_slot
+    assert torch.equal(embeds[text], model.llm.embedding(batch.input_ids)[text])
+    assert torch.equal(table, model.llm.embedding.weight)
+    by_mask = model.inputs_embeds(batch.input_ids, batch.is_slot, batch.features)
+    assert torch.equal(by_mask, embeds)
+
+
+def test_loss_is_transformers_loss(model: AlignModel, batch: Batch) -> None:
+    """Against `labels=` of transformers with an attention mask over the padding."""
+    loss, count = model(batch)
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    T = batch.input_ids.shape[1]
+    lengths = torch.tensor([int((row != IGNORE).nonzero().max()) + 1 for row in batch.labels])
+    mask = (torch.arange(T)[None] < lengths[:, None]).long()
+    assert mask.min() == 0  # the batch does have padding
+    expected = model.llm.model(
+        inputs_embeds=model.inputs_embeds(batch.input_ids, batch.is_slot, batch.features),
+        attention_mask=mask,
+        labels=batch.labels,
+        use_cache=False,
+    ).loss
+    expected.backward()
+    # Measured worst case: loss 1e-7 relative; gradients 2e-9 where the largest is 2e-3.
+    torch.testing.assert_close(loss / count, expected, rtol=1e-6, atol=0)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(
+            ours[name] / count, parameter.grad, rtol=0, atol=1e-6 * float(parameter.grad.abs().max())
+            + 1e-9
+        )
+
+
+def test_padding_changes_nothing(model: AlignModel, batch: Batch, store: Store) -> None:
+    """No mask: what stands to the right of a sample is never looked at."""
+    wider = F.pad(batch.input_ids, (0, 9), value=17)
+    T, W = batch.input_ids.shape[1], wider.shape[1]
+
+    def widen(flat: torch.Tensor) -> torch.Tensor:
+        return flat // T * W + flat % T
+
+    padded = Batch(
+        input_ids=wider,
+        labels=F.pad(batch.labels, (0, 9), value=IGNORE),
+        is_slot=F.pad(batch.is_slot, (0, 9)),
+        features=batch.features,
+        slots=widen(batch.slots),
+        predictors=widen(batch.predictors),
+        targets=batch.targets,
+        ids=batch.ids,
+        keys=batch.keys,
+    )
+    torch.testing.assert_close(model(padded)[0], model(batch)[0], rtol=1e-6, atol=0)
+
+
+def test_the_plain_causal_kernel_runs(model: AlignModel, batch: Batch) -> None:
+    """Without a mask transformers hands SDPA is_causal=True and no mask tensor."""
+    calls = []
+    embeds = model.inject(batch.input_ids, batch.slots, model.visual(batch.features))
+    original = F.scaled_dot_product_attention
+
+    def spy(*args: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        calls.append((kwargs.get("attn_mask"), kwargs.get("is_causal")))
+        return original(*args, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", spy)
+        model.llm.backbone(inputs_embeds=embeds, use_cache=False)
+    assert calls and all(mask is None and causal for mask, causal in calls)
+
+
+def test_vocabulary_sized_logits_exist_for_supervised_positions_only(
+    model: AlignModel, batch: Batch
+) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    V = len(model.llm.head)
+    rows: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim >= 2 and out.shape[-1] == V:
+                rows.append(out.numel() // V)
+            return out
+
+    with Watch():
+        loss, _ = model(batch)
+        loss.backward()
+    rows = [count for count in rows if count != model.llm.hidden_size]  # the weight, transposed
+    assert rows and max(rows) == batch.num_supervised < batch.input_ids.numel()
+
+
+def test_bf16_autocast_keeps_fp32_weights_and_gradients(
+    model: AlignModel, batch: Batch
+) -> None:
+    half = AlignModel(model.connector, model.llm, torch.bfloat16)
+    exact = model(batch)[0].item()
+    loss, _ = half(batch)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in half.parameters() if p.grad is not None} == {torch.float32}
+    assert loss.item() == pytest.approx(exact, rel=5e-3)  # measured 6e-4
+
+
+def test_features_of_another_dtype_are_taken(model: AlignModel, batch: Batch) -> None:
+    assert batch.features.dtype == torch.float16
+    visual = model.visual(batch.features)
+    assert visual.dtype == torch.float32
+    assert torch.equal(visual, model.connector(batch.features.float()))

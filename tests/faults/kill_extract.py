@@ -1,0 +1,95 @@
+"""Kill `featcache extract` with SIGKILL at random moments, rerun, and compare every byte.
+
+    python tests/faults/kill_extract.py --kills 20
+
+The reference is an undisturbed run over the same images. Each victim is the real command in its
+own process, killed at a moment drawn uniformly between its imports and the end of the reference
+run, counted from its start; then one last run finishes the store. Exits 1 on any difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.support import feature_files, write_images
+
+PROGRAM = "from cli.featcache import main; main()"
+
+
+def command(images: Path, out: Path, model: str) -> list[str]:
+    return [
+        sys.executable, "-c", PROGRAM, "extract", "--model", model, "--random-weights",
+        "--data", str(images), "--out", str(out), "--shard-images", "8", "--batch-size", "4",
+    ]  # fmt: skip
+
+
+def run(kills: int, images: int, seed: int, model: str, folder: Path) -> dict[str, int]:
+    """Returns counts: kills that hit a running extraction, shards found committed after a kill,
+    partial files found, files compared. Raises AssertionError where a byte differs."""
+    chance = random.Random(seed)
+    write_images(folder / "images", images)
+    start = time.monotonic()
+    reference = subprocess.Popen(
+        command(folder / "images", folder / "reference.zarr", model), stderr=subprocess.DEVNULL
+    )
+    while reference.poll() is None and not list((folder / "reference.zarr").glob("journal/lock")):
+        time.sleep(0.02)
+    first_write = time.monotonic() - start
+    assert reference.wait() == 0, "the undisturbed run failed"
+    end = time.monotonic() - start
+
+    counts = {"killed": 0, "finished_before_the_kill": 0, "partial_files": 0, "committed": 0}
+    out = folder / "killed.zarr"
+    for _ in range(kills):
+        delay = chance.uniform(0.9 * first_write, end)
+        process = subprocess.Popen(
+            command(folder / "images", out, model), stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(delay)
+            counts["finished_before_the_kill"] += 1
+            # Start over, so that the remaining kills hit something.
+            subprocess.run(["rm", "-r", str(out)], check=True)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            counts["killed"] += 1
+            counts["partial_files"] += len(list(out.rglob(".partial-*")))
+            counts["committed"] += len(list(out.glob("journal/commit-*.json")))
+    last = subprocess.run(
+        command(folder / "images", out, model), stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert last.returncode == 0, last.stderr
+    expected, found = feature_files(folder / "reference.zarr"), feature_files(out)
+    assert expected.keys() == found.keys(), expected.keys() ^ found.keys()
+    different = [name for name in expected if expected[name] != found[name]]
+    assert not different, f"bytes differ in {different}"
+    assert not list(out.rglob(".partial-*")), "partial files were left behind"
+    return counts | {"files_compared": len(found)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="tiny", help="encoder name or folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = run(
+            arguments.kills, arguments.images, arguments.seed, arguments.model, Path(folder)
+        )
+    print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
+    print("every byte equals the undisturbed run's")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Siglip2VisionConfig,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from featcache.encoders import load_encoder
+from featcache.errors import ConfigError, EncoderError
+from featcache.registry import ENCODERS
+
+
+def photographs(seed: int = 0) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    return [
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        for h, w in ((1, 1), (7, 300), (24, 24), (123, 45), (480, 640))
+    ]
+
+
+@pytest.mark.parametrize("resample", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("mean", "std"), [([0.5] * 3, [0.5] * 3), ([0.48, 0.46, 0.41], [0.27, 0.26, 0.28])]
+)
+def test_preprocessing_equals_the_hugging_face_pil_processor(
+    encoder_dir: Path, tmp_path: Path, resample: int, mean: list[float], std: list[float]
+) -> None:
+    folder = shutil.copytree(encoder_dir, tmp_path / "encoder")
+    processor = SiglipImageProcessorPil(
+        size={"height": 24, "width": 24}, resample=resample, image_mean=mean, image_std=std
+    )
+    processor.save_pretrained(folder)
+    encoder = load_encoder(str(folder))
+    for image in photographs():
+        expected = processor(images=image, return_tensors="pt")["pixel_values"]
+        pixels = torch.from_numpy(encoder.preprocess(image))[None]
+        assert pixels.dtype == torch.uint8
+        assert (encoder.normalize(pixels) - expected).abs().max() == 0
+
+
+def test_features_are_the_hidden_states_of_hugging_face(encoder_dir: Path) -> None:
+    """Difference 0: the same modules ran, on the same batch."""
+    layers = ("-4", "-2", "-1", "0", "1", "3", "last")
+    encoder = load_encoder(str(encoder_dir), layers=layers)
+    reference = SiglipVisionModel.from_pretrained(encoder_dir).eval()
+    pixels = torch.stack([torch.from_numpy(encoder.preprocess(im)) for im in photographs()])
+    encoded = encoder.encode(pixels)
+    with torch.inference_mode():
+        expected = reference(encoder.normalize(pixels), output_hidden_states=True)
+    for layer in layers[:-1]:
+        torch.testing.assert_close(
+            encoded.features[layer], expected.hidden_states[int(layer)], rtol=0, atol=0
+        )
+    torch.testing.assert_close(encoded.features["last"], expected.last_hidden_state, rtol=0, atol=0)
+    torch.testing.assert_close(encoded.pooled, expected.pooler_output, rtol=0, atol=0)
+    assert encoded.features["-2"].shape == (5, encoder.num_patches, encoder.width) == (5, 9, 24)
+
+
+def test_a_full_siglip_checkpoint_gives_its_vision_tower(tmp_path: Path, encoder_dir: Path) -> None:
+    vision = SiglipVisionConfig.from_pretrained(encoder_dir)
+    text = SiglipTextConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=50,
+    )  # fmt: skip
+    model = SiglipModel(SiglipConfig(vision_config=vision.to_dict(), text_config=text.to_dict()))
+    model.save_pretrained(tmp_path)
+    SiglipImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path)
+    loaded = load_encoder(str(tmp_path)).model.state_dict()
+    for name, value in model.vision_model.state_dict().items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_random_weights_are_the_same_each_time_and_leave_the_global_generator_alone(
+    encoder_dir: Path,
+) -> None:
+    state = torch.random.get_rng_state()
+    first = load_encoder(str(encoder_dir), random_weights=True)
+    second = load_encoder(str(encoder_dir), random_weights=True)
+    assert first.weights == second.weights != load_encoder(str(encoder_dir)).weights
+    assert first.revision == "random weights"
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_registry_tells_the_truth_about_so400m() -> None:
+    entry = ENCODERS["siglip2-so400m"]
+    config = SiglipVisionConfig(**entry.architecture)
+    assert (config.image_size // config.patch_size) ** 2 == entry.num_patches == 729
+    assert config.hidden_size == entry.width == 1152
+    assert entry.bytes_per_image == 1_679_616
+    with torch.device("meta"):
+        model = SiglipVisionModel(config)
+    assert sum(p.numel() for p in model.parameters()) == 428_225_600
+    # 2 operations per weight of the matrices per patch, and the two attention products.
+    matrices = sum(p.numel() for p in model.encoder.parameters() if p.ndim == 2)
+    attention = 27 * 2 * 729 * 729 * 1152
+    assert 2 * (729 * matrices + attention) / 1e12 == pytest.approx(entry.tflop, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("siglip2-so400n", "did you mean 'siglip2-so400m'"),
+        ("xyz", "give a name from `featcache models`"),
+    ],
+)
+def test_unknown_names(name: str, message: str) -> None:
+    with pytest.raises(EncoderError, match=message):
+        load_encoder(name)
+
+
+def test_an_unreachable_hub_is_one_line() -> None:
+    with pytest.raises(EncoderError) as caught:
+        load_encoder("nobody/no-such-model")
+    assert "cannot load the encoder 'nobody/no-such-model'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layer", ["4", "-5", "first", ""])
+def test_layers_that_do_not_exist(encoder_dir: Path, layer: str) -> None:
+    with pytest.raises(EncoderError, match=r"it has -4 to 3, and 'last'"):
+        load_encoder(str(encoder_dir), layers=(layer,))
+
+
+def test_missing_weights_are_never_replaced_by_random_ones(
+    encoder_dir: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(encoder_dir, tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+    del weights[next(name for name in weights if "layers.1.mlp.fc1.weight" in name)]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EncoderError, match=r"lacks 1 of the vision tower's weights.*fc1\.weight"):
+        load_encoder(str(folder))
+
+
+def test_other_architectures_are_refused(encoder_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(encoder_dir, tmp_path / "encoder")
+    Siglip2VisionConfig().save_pretrained(folder)
+    with pytest.raises(EncoderError, match="'siglip2_vision_model' model; supported are SigLIP"):
+        load_encoder(str(folder))
+
+
+def test_other_processors_are_refused(encoder_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(encoder_dir, tmp_path / "encoder")
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) | {"do_normalize": False}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(EncoderError, match="does not resize to a fixed height and width"):
+        load_encoder(str(folder))
+
+
+def test_devices(encoder_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
+        load_encoder(str(encoder_dir), device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA device; use cpu"):
+            load_encoder(str(encoder_dir), device="cuda")

@@ -1,0 +1,308 @@
+"""Extraction as a whole: resume, append, ledger, refusals. Kills are in tests/faults."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import SiglipVisionModel
+
+import featcache
+from featcache import writer
+from featcache.errors import ConfigError, FingerprintMismatch, StoreError
+from featcache.extract import ExtractOptions, ExtractProgress, ExtractResult, extract
+from tests.support import feature_files, write_captions, write_images
+
+
+@pytest.fixture
+def options(encoder_dir: Path, images_dir: Path, tmp_path: Path) -> ExtractOptions:
+    """Ten images in shards of 4, batches of 3."""
+    return ExtractOptions(
+        model=str(encoder_dir),
+        data=(images_dir,),
+        out=tmp_path / "store.zarr",
+        shard_images=4,
+        batch_size=3,
+    )
+
+
+def features_of(store: Path, keys: list[str]) -> torch.Tensor:
+    opened = featcache.open(store)
+    with opened.reader() as reader:
+        return reader.read(opened.rows(keys))
+
+
+def test_what_an_extraction_reports(options: ExtractOptions) -> None:
+    seen: list[ExtractProgress] = []
+    result = extract(options, seen.append)
+    assert replace(result, seconds=0, free_bytes=0) == ExtractResult(
+        path=options.out,
+        images=10,
+        features=10,
+        new=10,
+        failures={},
+        skipped_records=0,
+        nbytes=3 * (4 * 4096 + 68),
+        free_bytes=0,
+        seconds=0,
+        ok=True,
+    )
+    assert [(p.stage, p.done, p.total) for p in seen] == [
+        ("scan", 10, 10),
+        *(("encode", done, 10) for done in (3, 4, 7, 8, 10)),
+    ]
+    assert set(seen[-1].seconds) == {"decode", "wait", "encode", "write"}
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    options: ExtractOptions, tmp_path: Path, workers: int
+) -> None:
+    extract(options)
+    other = replace(options, out=tmp_path / "other.zarr", workers=workers)
+    extract(other)
+    assert feature_files(options.out) == feature_files(other.out)
+
+
+def test_a_rerun_does_nothing_and_keeps_the_batch_size(options: ExtractOptions) -> None:
+    extract(options)
+    before = {path: path.stat().st_mtime_ns for path in options.out.rglob("c/*/0/0")}
+    result = extract(replace(options, batch_size=None))
+    assert (result.new, result.features) == (0, 10)
+    assert before == {path: path.stat().st_mtime_ns for path in options.out.rglob("c/*/0/0")}
+    assert featcache.open(options.out).fingerprint["compute"]["batch_size"] == 3
+
+
+@pytest.mark.parametrize("lost", [(0,), (1, 2), (0, 1, 2)])
+def test_resume_writes_the_shards_without_commit_record(
+    options: ExtractOptions, lost: tuple[int, ...]
+) -> None:
+    extract(options)
+    whole = feature_files(options.out)
+    for shard in lost:
+        (options.out / f"journal/commit-{shard:08d}.json").unlink()
+    (options.out / "features/-2/c/0/0/0").write_bytes(b"torn")
+    (options.out / "features/-2/c/0/0/.partial-0-99").write_bytes(b"left by a killed run")
+    if 0 not in lost:
+        (options.out / "journal/commit-00000000.json").write_text('{"torn')
+    result = extract(options)
+    assert result.new == sum(min(4, 10 - 4 * shard) for shard in {0, *lost})
+    assert feature_files(options.out) == whole
+    assert not list(options.out.rglob(".partial-*"))
+
+
+def test_append_encodes_only_what_is_new(options: ExtractOptions, images_dir: Path) -> None:
+    extract(options)
+    before = feature_files(options.out)
+    old = features_of(options.out, ["0000.png", "0009.png"])
+    write_images(images_dir / "more", 3, seed=1)
+    shutil.copy(images_dir / "0002.png", images_dir / "copy-of-2.png")
+    result = extract(options)
+    assert (result.images, result.features, result.new) == (14, 14, 3)
+    after = feature_files(options.out)
+    assert {name: after[name] for name in before} == before
+    assert torch.equal(features_of(options.out, ["0000.png", "0009.png"]), old)
+    store = featcache.open(options.out)
+    assert store.rows(["0002.png", "copy-of-2.png", "more/0000.png"]).tolist() == [2, 2, 12]
+    assert (store.num_rows, store.num_images) == (15, 13)
+    with pytest.raises(StoreError, match="row 10 has no features"), store.reader() as reader:
+        reader.read(np.array([10]))
+
+
+def test_an_open_store_survives_an_append(options: ExtractOptions, images_dir: Path) -> None:
+    extract(options)
+    store = featcache.open(options.out)
+    with store.reader() as reader:
+        before = reader.read(np.arange(10))
+        write_images(images_dir / "more", 5, seed=1)
+        extract(options)
+        assert torch.equal(reader.read(np.arange(10)), before)
+    assert store.rows(["0005.png", "more/0000.png"]).tolist() == [5, -1]
+
+
+def test_an_image_whose_bytes_changed_is_encoded_again(
+    options: ExtractOptions, images_dir: Path
+) -> None:
+    extract(options)
+    before = features_of(options.out, ["0003.png"])
+    write_images(images_dir / "tmp", 1, seed=5)
+    (images_dir / "tmp" / "0000.png").replace(images_dir / "0003.png")
+    assert extract(options).new == 1
+    assert featcache.open(options.out).rows(["0003.png"]).tolist() == [12]
+    assert not torch.equal(features_of(options.out, ["0003.png"]), before)
+
+
+def test_moving_the_images_changes_nothing(options: ExtractOptions, tmp_path: Path) -> None:
+    """No mtimes, no absolute paths: the digest is the identity."""
+    extract(options)
+    moved = shutil.copytree(options.data[0], tmp_path / "moved", copy_function=shutil.copyfile)
+    assert extract(replace(options, data=(moved,))).new == 0
+
+
+def test_the_ledger_accounts_for_every_image(options: ExtractOptions, tmp_path: Path) -> None:
+    images = options.data[0]
+    (images / "0000.png").write_bytes(b"")
+    whole = (images / "0001.png").read_bytes()
+    (images / "0001.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (16_384, 11_000)).save(images / "0002.png")  # over Pillow's 178,956,970 pixels
+    Image.new("F", (4, 4)).save(images / "0003.tiff")
+    (images / "0003.png").unlink()
+    names = ["0000.png", "0001.png", "0002.png", "0003.tiff", "none.png", "0005.png"]
+    data = write_captions(tmp_path / "captions.jsonl", names)
+    result = extract(replace(options, data=(data,), image_root=images))
+    assert not result.ok
+    assert (result.images, result.features) == (6, 1)
+    assert result.failures == {"undecodable": 3, "too_large": 1, "missing": 1}
+    store = featcache.open(options.out)
+    assert {f.key: f.reason for f in store.failures()} == {
+        "0000.png": "undecodable",
+        "0001.png": "undecodable",
+        "0002.png": "too_large",
+        "0003.tiff": "undecodable",
+        "none.png": "missing",
+    }
+    allowed = extract(replace(options, data=(data,), image_root=images, max_failures=0.9))
+    assert (allowed.ok, allowed.new) == (True, 0)
+    (images / "none.png").write_bytes(whole)
+    assert extract(replace(options, data=(data,), image_root=images)).failures == {
+        "undecodable": 3,
+        "too_large": 1,
+    }
+    assert featcache.open(options.out).rows(["none.png"])[0] >= 0
+
+
+def test_a_file_that_changes_under_the_extraction_is_no_silent_mix(
+    options: ExtractOptions,
+) -> None:
+    """The plan holds the digest; other bytes at encoding time are a ledger entry, mended by the
+    next run."""
+    path = options.data[0] / "0009.png"
+    original = path.read_bytes()
+
+    def swap(progress: ExtractProgress) -> None:
+        if progress.stage == "scan":
+            path.write_bytes((options.data[0] / "0000.png").read_bytes())
+
+    assert extract(options, swap).failures == {"changed": 1}
+    path.write_bytes(original)
+    assert extract(options).failures == {}
+    assert featcache.open(options.out).rows(["0009.png"]).tolist() == [12]
+
+
+def test_all_images_missing_is_a_store_that_says_so(options: ExtractOptions) -> None:
+    data = write_captions(options.out.parent / "captions.jsonl", ["a.png", "b.png"])
+    result = extract(replace(options, data=(data,), image_root=options.data[0]))
+    assert (result.ok, result.features, result.failures) == (False, 0, {"missing": 2})
+    store = featcache.open(options.out)
+    assert (store.num_rows, store.rows(["a.png"]).tolist()) == (0, [-1])
+
+
+def test_fp16_overflow_is_an_error_and_bf16_its_cure(
+    options: ExtractOptions, encoder_dir: Path, tmp_path: Path
+) -> None:
+    loud = shutil.copytree(encoder_dir, tmp_path / "loud")
+    model = SiglipVisionModel.from_pretrained(encoder_dir)
+    with torch.no_grad():
+        model.encoder.layers[0].mlp.fc2.bias[3] = 1e5
+    model.save_pretrained(loud)
+    result = extract(replace(options, model=str(loud), max_failures=1.0))
+    assert (result.ok, result.failures) == (False, {"overflow": 10})
+    assert "use --codec bf16 (layer -2)" in featcache.open(options.out).reason("0000.png")
+    bf16 = replace(options, model=str(loud), codec="bf16", out=tmp_path / "bf16.zarr")
+    assert extract(bf16).ok
+
+
+def test_another_encoder_is_refused_field_by_field(
+    options: ExtractOptions, encoder_dir: Path, tmp_path: Path
+) -> None:
+    extract(options)
+    with pytest.raises(FingerprintMismatch) as caught:
+        extract(replace(options, random_weights=True))
+    assert "encoder.weights: 'blake2b:" in str(caught.value)
+    assert "encoder.revision: None in" in str(caught.value)
+    with pytest.raises(FingerprintMismatch, match=r"codec: 'fp16' in .* 'bf16' in this command"):
+        extract(replace(options, codec="bf16"))
+    with pytest.raises(FingerprintMismatch, match=r"features\.layers"):
+        extract(replace(options, layers=("-1",)))
+    with pytest.raises(ConfigError, match="the store has 4 images a shard, not 8"):
+        extract(replace(options, shard_images=8))
+    moved = shutil.copytree(encoder_dir, tmp_path / "renamed")
+    assert extract(replace(options, model=str(moved))).new == 0
+
+
+def test_a_full_disk_stops_with_one_line_and_a_rerun_finishes(
+    options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = replace(options, out=tmp_path / "reference.zarr")
+    extract(reference)
+    publish = writer.publish
+
+    def full(path: Path, parts: object) -> int:
+        if path.parts[-3:] == ("1", "0", "0"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return publish(path, parts)
+
+    monkeypatch.setattr(writer, "publish", full)
+    with pytest.raises(StoreError, match="the disk is full; every committed shard is safe"):
+        extract(options)
+    monkeypatch.undo()
+    assert extract(options).new < 10
+    assert feature_files(options.out) == feature_files(reference.out)
+
+
+def test_what_cannot_fit_is_refused_before_work(
+    options: ExtractOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(StoreError, match=r"needs 0\.0 GB more"):
+        extract(options)
+
+
+def test_dry_run_writes_nothing(options: ExtractOptions) -> None:
+    result = extract(replace(options, dry_run=True))
+    assert (result.images, result.new) == (10, 10)
+    assert not options.out.exists()
+
+
+def test_two_extractions_at_once(options: ExtractOptions) -> None:
+    """The second is refused while the first runs; the kernel drops the lock with the process."""
+    seen = []
+
+    def second(progress: ExtractProgress) -> None:
+        if not seen:
+            with pytest.raises(StoreError, match="another extraction is writing"):
+                extract(options)
+            seen.append(progress)
+
+    assert extract(options, second).ok
+    assert seen
+
+
+def test_out_that_is_something_else(options: ExtractOptions) -> None:
+    options.out.mkdir()
+    (options.out / "thesis.tex").touch()
+    with pytest.raises(StoreError, match="exists and is no feature store"):
+        extract(options)
+    assert [path.name for path in options.out.iterdir()] == ["thesis.tex"]
+
+
+def test_commit_records_say_what_happened(options: ExtractOptions) -> None:
+    extract(options)
+    record = json.loads((options.out / "journal/commit-00000002.json").read_text())
+    assert record["shard"] == 2
+    assert [row["status"] for row in record["rows"]] == [0, 0, 1, 1]
+    assert set(record["seconds"]) == {"decode", "wait", "encode", "write"}
+    assert record["files"]["features/-2/c/2/0/0"] == 2 * 4096 + 68
+
+
+def test_limit(options: ExtractOptions) -> None:
+    assert extract(replace(options, limit=5)).images == 5
+    assert extract(options).new == 5

@@ -1,0 +1,296 @@
+"""The store as its readers see it: ours, zarr-python and tensorstore agree, value for value."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import zarr
+
+import featcache
+import featcache.bfloat16  # registers the data type with zarr-python
+from featcache.encoders import load_encoder
+from featcache.errors import (
+    ConfigError,
+    CorruptStoreError,
+    IncompleteStoreError,
+    StoreError,
+)
+from featcache.extract import ExtractOptions, extract
+from featcache.images import load_image
+from featcache.layout import CHUNK_ALIGNMENT_BYTES
+from featcache.store import Store
+from tests.support import write_images
+
+COUNT = 11
+BROKEN = "0004.png"
+
+
+@pytest.fixture(scope="session", params=["fp16", "bf16"])
+def store_dir(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path
+) -> Path:
+    """11 images in shards of 4, one of them broken, two layers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_images(folder / "images", COUNT)
+    (folder / "images" / BROKEN).write_bytes(b"not an image")
+    result = extract(
+        ExtractOptions(
+            model=str(encoder_dir),
+            data=(folder / "images",),
+            out=folder / "store.zarr",
+            layers=("-2", "last"),
+            codec=request.param,
+            shard_images=4,
+            batch_size=3,
+            max_failures=0.1,
+        )
+    )
+    assert result.ok
+    assert result.failures == {"undecodable": 1}
+    return folder / "store.zarr"
+
+
+def bits(values: object) -> np.ndarray:
+    """16-bit values of any origin as integers, so that NaN equals NaN."""
+    if isinstance(values, torch.Tensor):
+        return values.view(torch.int16).numpy()
+    return np.ascontiguousarray(values).view(np.int16)
+
+
+@pytest.mark.parametrize("layer", ["-2", "last"])
+def test_zarr_python_and_tensorstore_read_what_we_read(store_dir: Path, layer: str) -> None:
+    store = featcache.open(store_dir)
+    by_zarr = zarr.open_group(store_dir, mode="r")[f"features/{layer}"][:]
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{store_dir}/features/{layer}"},
+    }
+    by_tensorstore = tensorstore.open(spec).result().read().result()
+    assert by_zarr.shape == by_tensorstore.shape == (COUNT, 9, 24)
+    assert by_zarr.dtype == by_tensorstore.dtype
+    np.testing.assert_array_equal(bits(by_zarr), bits(by_tensorstore))
+    rows = np.array([row for row in range(COUNT) if row != 4])
+    with store.reader(layer) as reader:
+        ours = reader.read(rows)
+    assert ours.dtype == store.dtype
+    np.testing.assert_array_equal(bits(ours), bits(by_zarr[rows]))
+
+
+def test_a_failed_image_reads_as_nan_never_as_zeros(store_dir: Path) -> None:
+    group = zarr.open_group(store_dir, mode="r")
+    for array in (group["features/-2"], group["features/last"], group["pooled"]):
+        values = array[:].astype(np.float32)
+        assert np.isnan(values[4]).all()
+        assert np.isfinite(np.delete(values, 4, axis=0)).all()
+
+
+def test_the_hierarchy_can_be_walked_without_a_warning(store_dir: Path) -> None:
+    """Warnings are errors here, and zarr-python warns of files that are no part of Zarr."""
+    names = {name for name, _ in zarr.open_group(store_dir, mode="r").members(max_depth=None)}
+    assert {"features/-2", "features/last", "pooled", "journal"} <= names
+
+
+def test_features_are_the_encoders(store_dir: Path, encoder_dir: Path) -> None:
+    """Batches of one against the stored batches of three: rounding of fp32, then of the codec.
+
+    Worst |difference| measured: fp16 4.9e-4 (half an ulp at |x| of 1), bf16 3.9e-3.
+    """
+    store = featcache.open(store_dir)
+    encoder = load_encoder(str(encoder_dir), layers=store.layers)
+    rows = store.rows(["0000.png", "0007.png"])
+    for layer in store.layers:
+        with store.reader(layer) as reader:
+            stored = reader.read(rows).float()
+        for values, key in zip(stored, ["0000.png", "0007.png"], strict=True):
+            pixels = encoder.preprocess(load_image(store_dir.parent / "images" / key))
+            live = encoder.encode(torch.from_numpy(pixels)[None]).features[layer][0]
+            tolerance = torch.finfo(store.dtype).eps
+            torch.testing.assert_close(values, live, rtol=tolerance, atol=1e-5)
+
+
+def test_layout_on_disk(store_dir: Path) -> None:
+    store = featcache.open(store_dir)
+    chunks = store.index.chunks["-2"]
+    present = chunks[:, 1] != 2**64 - 1
+    assert present.tolist() == [row != 4 for row in range(COUNT)]
+    assert (chunks[present, 0] % CHUNK_ALIGNMENT_BYTES == 0).all()
+    assert (chunks[present, 1] == 9 * 24 * 2).all()
+    assert sorted(path.name for path in (store_dir / "journal").iterdir()) == [
+        *(f"commit-{shard:08d}.json" for shard in range(3)),
+        "lock",
+        "plan-00000001.npz",
+        "zarr.json",
+    ]
+
+
+def test_rows_reasons_and_sizes(store_dir: Path) -> None:
+    store = featcache.open(store_dir)
+    assert store.rows(["0003.png", BROKEN, "none.png", "0000.png"]).tolist() == [3, -1, -1, 0]
+    assert store.rows([]).tolist() == []
+    assert store.reason(BROKEN) == "undecodable: not an image format that Pillow knows"
+    assert store.reason("none.png") == "not in the store"
+    assert (store.num_rows, store.num_images) == (COUNT, COUNT - 1)
+    image = load_image(store_dir.parent / "images" / "0003.png")
+    assert store.sizes[3].tolist() == list(image.size)
+
+
+# ------------------------------------------------------------------------------------- the reader
+
+
+def test_stream_equals_read_for_odd_batches(store_dir: Path) -> None:
+    store = featcache.open(store_dir)
+    rng = np.random.default_rng(0)
+    good = np.array([row for row in range(COUNT) if row != 4])
+    batches = [rng.choice(good, size) for size in (1, 32, 0, 5, 7, 1, 64, 3) * 5]
+    for threads, depth in ((1, 1), (2, 3), (3, 8)):
+        with store.reader(threads=threads, depth=depth) as reader:
+            seen = 0
+            for rows, features in zip(batches, reader.stream(iter(batches)), strict=True):
+                np.testing.assert_array_equal(bits(features), bits(reader.read(rows)))
+                seen += 1
+            assert seen == len(batches)
+
+
+def test_stream_reuses_a_bounded_ring_of_buffers(store_dir: Path) -> None:
+    with featcache.open(store_dir).reader(depth=2) as reader:
+        addresses = {
+            features.data_ptr()
+            for _ in range(3)
+            for features in reader.stream([np.array([0, 1, 2])] * 50)
+        }
+    assert len(addresses) <= 3
+
+
+def test_neighbouring_rows_are_read_in_one_call(
+    store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: calls.append(args) or preadv(*args))
+    with featcache.open(store_dir).reader(threads=1) as reader:
+        reader.read(np.array([3, 1, 0, 2, 8, 10]))
+    # Rows 0 to 3 are shard 0; 8 and 10 lie in shard 2 with 9 between them.
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([4], "row 4 has no features"),
+        ([0, COUNT], f"row {COUNT} is out of range; the store has rows 0 to {COUNT - 1}"),
+        ([-1, 0], "row -1 is out of range"),
+    ],
+)
+def test_rows_that_cannot_be_read(store_dir: Path, rows: list[int], message: str) -> None:
+    with featcache.open(store_dir).reader() as reader:
+        with pytest.raises(StoreError, match=message):
+            reader.read(np.array(rows))
+        with pytest.raises(StoreError, match=message):
+            list(reader.stream([np.array([0]), np.array(rows)]))
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_close_leaves_no_file_and_no_thread(store_dir: Path) -> None:
+    store = featcache.open(store_dir)
+    files, threads = open_files(), threading.active_count()
+    for _ in range(3):
+        with store.reader() as reader:
+            iterator = reader.stream([np.array([0, 5, 9])] * 10)
+            next(iterator)
+            iterator.close()
+    assert (open_files(), threading.active_count()) == (files, threads)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_is_refused_not_deadlocked(store_dir: Path) -> None:
+    with featcache.open(store_dir).reader() as reader:
+        reader.read(np.array([0]))
+        child = os.fork()
+        if child == 0:
+            try:
+                reader.read(np.array([0]))
+            except StoreError as error:
+                os._exit(7 if "before a fork" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_an_unknown_layer(store_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no layer '-3', only -2, last"):
+        featcache.open(store_dir).reader("-3")
+
+
+# ----------------------------------------------------------------------------- damaged and foreign
+
+
+@pytest.fixture
+def copy(store_dir: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(store_dir, tmp_path / "copy.zarr")
+
+
+def test_a_store_can_be_moved(copy: Path) -> None:
+    with featcache.open(copy).reader() as reader:
+        assert reader.read(np.array([0, 10])).shape == (2, 9, 24)
+
+
+@pytest.mark.parametrize("cut", [0, 100, 5000])
+def test_a_truncated_shard_is_named(copy: Path, cut: int) -> None:
+    shard = copy / "features/-2/c/0/0/0"
+    os.truncate(shard, cut)
+    with (
+        featcache.open(copy).reader() as reader,
+        pytest.raises(CorruptStoreError, match=r"features/-2/c/0/0/0 is truncated"),
+    ):
+        reader.read(np.array([0, 1, 2, 3]))
+
+
+def test_a_missing_shard_is_named(copy: Path) -> None:
+    (copy / "features/-2/c/1/0/0").unlink()
+    with (
+        featcache.open(copy).reader() as reader,
+        pytest.raises(CorruptStoreError, match=r"features/-2/c/1/0/0: No such file"),
+    ):
+        reader.read(np.array([5]))
+
+
+def test_what_is_no_store(tmp_path: Path, copy: Path) -> None:
+    with pytest.raises(StoreError, match=r"no such directory\); make one with"):
+        Store(tmp_path / "none.zarr")
+    with pytest.raises(StoreError, match="it has no zarr"):
+        Store(tmp_path)
+    (copy / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match="does not describe a feature store"):
+        Store(copy)
+
+
+def test_a_newer_format_and_an_unfinished_store(copy: Path) -> None:
+    document = json.loads((copy / "zarr.json").read_text())
+    attributes = document["attributes"]["featcache"]
+    (copy / "zarr.json").write_text(
+        json.dumps({**document, "attributes": {"featcache": attributes | {"format_version": 2}}})
+    )
+    with pytest.raises(StoreError, match="has store format 2, this featcache reads 1; upgrade"):
+        Store(copy)
+    (copy / "zarr.json").write_text(
+        json.dumps({**document, "attributes": {"featcache": attributes | {"index": None}}})
+    )
+    (copy / "journal" / "commit-00000001.json").unlink()
+    with pytest.raises(IncompleteStoreError, match="2 of 3 shards are there; run the same"):
+        Store(copy)
+
+
+def test_a_damaged_index_is_named(copy: Path) -> None:
+    (copy / "index/00000001/key_rows/c/0").unlink()
+    with pytest.raises(CorruptStoreError, match=r"key_rows is damaged .* to rebuild the index"):
+        Store(copy)
