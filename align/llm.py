@@ -8,6 +8,7 @@ taking `inputs_embeds` and a bias-free output layer runs the same way.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 import align
 from align.errors import ModelError
@@ -90,14 +93,26 @@ def load_llm(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> Fro
     """
     source = find_llm(config.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=config.revision, dtype=dtype, attn_implementation=config.attention
-        )
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=config.revision,
+                dtype=dtype,
+                attn_implementation=config.attention,
+                output_loading_info=True,
+            )
     # transformers reports a missing repository, an unreadable file and an unknown architecture as
     # OSError or ValueError with a paragraph of advice; the first line says what happened.
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"llm.name={config.name}: {str(error).splitlines()[0]}") from error
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        # transformers would fill these with random numbers and go on.
+        raise ModelError(
+            f"llm.name={config.name}: its weights lack {len(absent)} tensors of its architecture, "
+            f"e.g. {absent[0]}; download the checkpoint again"
+        )
     return freeze(model.to(device), tokenizer, config)
 
 
@@ -121,6 +136,21 @@ def freeze(
         hidden_size=int(embedding.weight.shape[1]),
         identity=_identity(model, tokenizer, config),
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bars and warnings: what goes wrong is raised here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def find_llm(name: str) -> str:

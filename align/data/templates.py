@@ -150,9 +150,12 @@ def _check_placeholders(record: Record) -> None:
     """Every `<image>` in the text must have its image; where there is none the template adds it."""
     if not record.images:
         raise TemplateError("no image")
-    if any(PLACEHOLDER in turn.text for turn in record.turns if turn.role == "gpt"):
-        raise TemplateError(f"{PLACEHOLDER} in the answer")
-    written = sum(turn.text.count(PLACEHOLDER) for turn in record.turns)
+    written = 0
+    for turn in record.turns:
+        count = turn.text.count(PLACEHOLDER)
+        if count and turn.role == "gpt":
+            raise TemplateError(f"{PLACEHOLDER} in the answer")
+        written += count
     if written not in (0, len(record.images)):
         raise TemplateError(f"wrong number of {PLACEHOLDER} for its images")
 

@@ -41,7 +41,7 @@ _RGB = {
     "blue": (40, 80, 220),
     "purple": (150, 45, 185),
 }
-_RADIUS_PIXELS = {"small": (7.0, 8.0), "large": (11.2, 12.6)}
+_RADIUS_PIXELS = {"small": (7.5, 8.5), "large": (12.0, 13.2)}
 _HELD_OUT_MODULUS = 5
 
 
@@ -200,9 +200,9 @@ def place(scene: Scene, rng: np.random.Generator) -> tuple[tuple[float, float], 
     """Centres (x, y) in pixels of the first and the second object: the first thing that `render`
     draws from its generator, so an equally seeded one tells where the objects of a picture are.
     """
-    # The gap along the relation is 24..36 pixels and the offset across it at most 10, so the
+    # The gap along the relation is 28..37 pixels and the offset across it at most 10, so the
     # relation is never in doubt and two large objects touch at most.
-    along = (rng.uniform(14, 20), rng.uniform(44, 50))
+    along = (rng.uniform(13.5, 18), rng.uniform(46, 50.5))
     across = np.clip(rng.uniform(18, 46) + rng.uniform(-5, 5, size=2), 14, 50).tolist()
     if scene.relation == "left of":
         return ((along[0], across[0]), (along[1], across[1]))

@@ -53,6 +53,22 @@ def test_clear_errors(world: Path, changes: dict[str, str], message: str) -> Non
         load_llm(config, CPU, torch.float32)
 
 
+def test_missing_weights_are_not_filled_with_random_ones(world: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(world / "qwen3", tmp_path / "partial"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 1 tensors .*layers.1.mlp.up_proj.weight; download"):
+        load_llm(LLMConfig(name=str(folder)), CPU, torch.float32)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match=r"llm.name=.*partial: "):
+        load_llm(LLMConfig(name=str(folder)), CPU, torch.float32)
+
+
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"llm.name=.*: ") as caught:
         load_llm(LLMConfig(name=str(tmp_path)), CPU, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ def test_warm_up_then_cosine_to_a_tenth() -> None:
     rates = [lr_at(config, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == 1.0 == max(rates)
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
-    assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:11]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     middle = 10 + 89 / 2
     assert (rates[math.floor(middle)] + rates[math.ceil(middle)]) / 2 == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -62,14 +63,14 @@ def assert_same_runs(a: Path, b: Path) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Thrown out of a callback, as Ctrl-C would be."""
 
 
 def stop_after(step: int) -> Callable[[Event], None]:
     def on_event(event: Event) -> None:
         if isinstance(event, StepEvent) and event.step == step:
-            raise Stop
+            raise StopError
 
     return on_event
 
@@ -123,14 +124,14 @@ def test_gradient_accumulation_is_the_same_step(
         torch.tensor([line["loss"] for line in metrics(tmp_path / name) if line["kind"] == "train"])
         for name in ("1", "2", "8")
     ]
-    # Measured worst case over 6 steps: 3e-7 of the loss, 2e-6 of a weight. Adam's default eps
+    # Measured worst case over 6 steps: 2.4e-7 of the loss, 3.0e-8 of a weight. Adam's default eps
     # would turn the rounding of a gradient near 0 into a whole step of the weight.
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-6, atol=0)
     torch.testing.assert_close(losses[2], losses[0], rtol=2e-6, atol=0)
     whole = load_file(find_checkpoint(tmp_path / "1/checkpoints").path / "connector.safetensors")
     cut = load_file(find_checkpoint(tmp_path / "8/checkpoints").path / "connector.safetensors")
     for name in whole:
-        torch.testing.assert_close(whole[name], cut[name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(whole[name], cut[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 5])
@@ -140,7 +141,7 @@ def test_resume_is_bit_for_bit(
     """Stopped before the first checkpoint, right at one, and between two; dropout on."""
     config = make_config("connector.dropout=0.1", "train.grad_accum=2", "train.steps=7")
     train(config, [store.path], tmp_path / "whole")
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(config, [store.path], tmp_path / "cut", on_event=stop_after(stop))
     torn = tmp_path / "cut/checkpoints/.partial-step-00000006"
     torn.mkdir(parents=True)
@@ -266,8 +267,6 @@ def test_a_loss_that_is_not_finite_stops(
     with pytest.raises(AlignError, match=r"step \d: loss nan, .* its samples are s\d+, .*--resume"):
         train(config, [store.path], tmp_path / "run")
     assert list_checkpoints(tmp_path / "run/checkpoints") == []
-    import json
-
     document = json.loads((tmp_path / "run/not_finite.json").read_text())
     assert len(document["ids"]) == 4
 

@@ -73,13 +73,13 @@ def test_loss_is_transformers_loss(model: AlignModel, batch: Batch) -> None:
         use_cache=False,
     ).loss
     expected.backward()
-    # Measured worst case: loss 1e-7 relative; gradients 2e-9 where the largest is 2e-3.
+    # Measured worst case: the loss equal, gradients 9.4e-7 of their largest element.
     torch.testing.assert_close(loss / count, expected, rtol=1e-6, atol=0)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
+        largest = float(parameter.grad.abs().max())
         torch.testing.assert_close(
-            ours[name] / count, parameter.grad, rtol=0, atol=1e-6 * float(parameter.grad.abs().max())
-            + 1e-9
+            ours[name] / count, parameter.grad, rtol=0, atol=1e-5 * largest + 1e-9
         )
 
 
@@ -153,7 +153,7 @@ def test_bf16_autocast_keeps_fp32_weights_and_gradients(
     assert loss.dtype == torch.float32
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in half.parameters() if p.grad is not None} == {torch.float32}
-    assert loss.item() == pytest.approx(exact, rel=5e-3)  # measured 6e-4
+    assert loss.item() == pytest.approx(exact, rel=2e-3)  # measured 1.4e-4
 
 
 def test_features_of_another_dtype_are_taken(model: AlignModel, batch: Batch) -> None:
