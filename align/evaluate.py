@@ -109,7 +109,7 @@ def evaluate(
     """Evaluates a run's connector on one of its splits and writes the result into the run.
 
     limit: only the first so many samples of the split. decoding: None takes the run's own settings.
-    on_progress: called with (samples done, samples in all) after each batch.
+    on_progress: called with (samples done, samples in all) at the start and after each batch.
 
     Raises DataError for a split that is unknown or empty, or has too few images to shuffle.
     """
@@ -126,6 +126,7 @@ def evaluate(
     captions: list[Caption] = []
     loader = Loader(run.store, shown, run.encoder, run.layer)
     batches = list(in_order(len(shown), decoding.batch_size))
+    on_progress(0, len(samples))
     for indices, batch in zip(batches, loader.stream(batches), strict=True):
         own = [shown[index] for index in indices.tolist()]
         batch = batch.to(run.model.device)
