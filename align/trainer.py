@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -100,39 +101,38 @@ def train(
     session = _start(config, features, Path(out), resume, on_event)
     run, optimizer, sampler = session.run, session.optimizer, session.sampler
     every = config.train
-    batches = session.loader.stream(sampler.batches(run.step, session.total_steps))
+    index_batches = sampler.batches(run.step, session.total_steps)
     meter = _Meter()
+    with closing(session.loader.stream(index_batches)) as batches:
+        while run.step < session.total_steps:
+            # -- one step: a sum over micro-batches, then one update
+            loss_sum = torch.zeros((), device=run.model.device)
+            tokens = 0
+            for _ in range(every.grad_accum):
+                batch = meter.wait_for(batches)
+                loss, count = run.model(batch.to(run.model.device))
+                loss.backward()
+                loss_sum += loss.detach()
+                tokens += count
+                meter.count(batch)
+            lr = lr_at(config.optim, run.step, session.total_steps)
+            grad_norm = update(optimizer, lr, tokens, config.optim.clip)
+            session.watch(loss_sum / tokens, grad_norm)
+            run.step += 1
 
-    while run.step < session.total_steps:
-        # -- one step: a sum over micro-batches, then one update
-        loss_sum = torch.zeros((), device=run.model.device)
-        tokens = 0
-        for _ in range(every.grad_accum):
-            batch = meter.wait_for(batches)
-            loss, count = run.model(batch.to(run.model.device))
-            loss.backward()
-            loss_sum += loss.detach()
-            tokens += count
-            meter.count(batch)
-        lr = lr_at(config.optim, run.step, session.total_steps)
-        grad_norm = update(optimizer, lr, tokens, config.optim.clip)
-        session.watch(loss_sum / tokens, grad_norm)
-        run.step += 1
-
-        # -- what is told and kept; none of it changes what is learned
-        last = run.step == session.total_steps
-        if _due(run.step, every.log_every, last):
-            loss_now, norm_now = session.check_finite()
-            session.tell(meter.line(session, loss_now, norm_now, lr))
-        with meter.paused():
-            if _due(run.step, every.eval_every, last) and run.splits.val:
-                session.eval_loss = session.tell(evaluate_loss(run, every.eval_samples)).loss
-            if _due(run.step, every.sample_every, last) and run.splits.val:
-                session.tell(sample_captions(run, every.samples))
-            if _due(run.step, every.save_every) or last:
-                session.save()
-
-    batches.close()
+            # -- what is told and kept; none of it changes what is learned
+            last = run.step == session.total_steps
+            if _due(run.step, every.log_every, last):
+                loss_now, norm_now = session.check_finite()
+                session.tell(meter.line(session, loss_now, norm_now, lr))
+                session.tell_skipped()
+            with meter.paused():
+                if _due(run.step, every.eval_every, last) and run.splits.val:
+                    session.eval_loss = session.tell(evaluate_loss(run, every.eval_samples)).loss
+                if _due(run.step, every.sample_every, last) and run.splits.val:
+                    session.tell(sample_captions(run, every.samples))
+                if _due(run.step, every.save_every) or last:
+                    session.save()
     session.finish()
     return TrainResult(
         run.path, run.step, session.loss, session.eval_loss, time.perf_counter() - started
@@ -235,10 +235,13 @@ class _Session:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._stop_not_finite(step, loss, norm)
         self.loss = values[-1][0]
+        return values[-1][0], values[-1][1]
+
+    def tell_skipped(self) -> None:
+        """Tells of samples that turned out, once tokenised, to have nothing to learn."""
         if self.loader.skipped.total > self.skipped_told:
             self.skipped_told = self.loader.skipped.total
-            self.tell(NoticeEvent(f"skipped so far, once tokenised: {self.loader.skipped}"))
-        return values[-1][0], values[-1][1]
+            self.tell(NoticeEvent(f"skipped so far: {self.loader.skipped}"))
 
     def save(self) -> None:
         """A checkpoint of the steps done so far; never of weights that may not be finite."""
@@ -311,6 +314,9 @@ def _start(
         session.loss, session.eval_loss = state["loss"], state["eval_loss"]
         session.log.drop_after(run.step)
         session.tell(NoticeEvent(f"resuming at step {run.step:,} of {total_steps:,}"))
+        other = diff_fields(state["versions"], versions())
+        if other:
+            session.tell(NoticeEvent(f"rounding may differ from before: {'; '.join(other)}"))
     else:
         out.mkdir(parents=True, exist_ok=True)
         save_config(config, folder.config)

@@ -21,7 +21,7 @@ import align
 from align.checkpoint import find_checkpoint, list_checkpoints
 from align.config import RunConfig, load_config, save_config
 from align.errors import AlignError, CheckpointError, RunError
-from align.run import RunFolder, load_run
+from align.run import RunFolder, assemble, load_run
 from align.tracking import (
     CheckpointEvent,
     EvalEvent,
@@ -282,6 +282,34 @@ def test_left_out_records_are_told_before_the_first_step(
           on_event=events.append)
     assert isinstance(events[1], NoticeEvent)
     assert events[1].text == "left out 1 of 10 records: 1 image not in the store (gone)"
+
+
+def test_samples_without_room_are_told_and_skipped(
+    store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
+    lines: list[dict[str, object]] = [
+        {"id": f"s{i}", "images": [f"{i:03d}.png"], "caption": "a square"} for i in range(9)
+    ]
+    lines += [{"id": "pair", "images": ["001.png", "002.png"], "caption": "two squares"}]
+    data = jsonl(tmp_path / "data.jsonl", lines)
+    one = load_run_prompt_length(make_config, store, tmp_path, data)
+    events: list[Event] = []
+    config = make_config(f"data.files=[{data}]", f"data.max_length={one + 1}", "data.eval_ratio=0")
+    train(config, [store.path], tmp_path / "run", on_event=events.append)
+    told = [e.text for e in events if isinstance(e, NoticeEvent) and "skipped" in e.text]
+    assert told == [
+        "skipped so far: 1 its images and prompt alone fill "
+        f"data.max_length={one + 1} (pair)"
+    ]
+
+
+def load_run_prompt_length(
+    make_config: MakeConfig, store: Store, folder: Path, data: Path
+) -> int:
+    """Tokens before the answer of a one-image sample."""
+    run = assemble(make_config(f"data.files=[{data}]"), [store.path], folder / "unused")
+    record = next(s.record for s in run.splits.train if len(s.record.images) == 1)
+    return len(run.encoder.encode_prompt(record).input_ids)
 
 
 def test_epochs_count_steps(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
