@@ -159,9 +159,9 @@ def start_session(
     """
     folder = RunFolder(out)
     found = list_checkpoints(folder.checkpoints)
-    if folder.info.exists():
-        if not resume:
-            raise RunError(f"{out}: already holds a run; give --resume or another --out")
+    if (found or folder.info.exists()) and not resume:
+        raise RunError(f"{out}: already holds a run; give --resume or another --out")
+    if folder.config.exists():
         _check_same_config(load_config(folder.config), config, out)
     run = assemble(config, features, out)
     optimizer = build_optimizer(config.optim, run.model.connector)
@@ -187,9 +187,14 @@ def start_session(
         if other:
             session.tell(NoticeEvent(f"rounding may differ from before: {'; '.join(other)}"))
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder.config)
-        folder.metrics.write_text("")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            save_config(config, folder.config)
+            folder.metrics.write_text("")
+        except OSError as error:
+            raise RunError(
+                f"{out}: cannot be written: {error.strerror}; give another --out"
+            ) from error
     folder.write_info(_info(session, features))
     session.tell(
         NoticeEvent(

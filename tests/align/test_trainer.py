@@ -337,6 +337,12 @@ def test_two_stores_are_refused(store: Store, make_config: MakeConfig, tmp_path:
         train(make_config(), [store.path, store.path], tmp_path / "run")
 
 
+def test_an_out_that_is_a_file(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("hello")
+    with pytest.raises(RunError, match=r"run: cannot be written: File exists; give another --out"):
+        train(make_config(), [store.path], tmp_path / "run")
+
+
 def test_no_run_to_load(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a run's folder"):
         load_run(tmp_path)
