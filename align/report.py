@@ -10,7 +10,7 @@ It is made from what the run directory holds and from the image files; nothing i
 from __future__ import annotations
 
 import base64
-import difflib
+import importlib
 import io
 import json
 import shlex
@@ -34,8 +34,8 @@ IMAGE_PIXELS = 320  # longest side of an embedded image
 
 # Attributes a figure has, in the order in which they are read.
 METRIC_NAMES = {
-    "loss": "Loss per supervised token",
-    "token_accuracy": "Token accuracy (teacher forced)",
+    "loss": "Loss per token",
+    "token_accuracy": "Token accuracy",
     "exact_match": "Caption exact match",
     "word_f1": "Word F1",
     "attributes": "Attribute accuracy",
@@ -106,13 +106,9 @@ def write_report(run_dir: Path) -> Path:
     missing.
     """
     RunFolder(run_dir).read_info()
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401 - only to say here, before any work, what is missing
-    except ModuleNotFoundError as missing:
-        raise ConfigError(
-            f'the report needs {missing.name}: pip install "featcache[report]"'
-        ) from missing
+    require_packages()
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -124,6 +120,17 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     publish(path, [page.encode()])
     return path
+
+
+def require_packages() -> None:
+    """Raises ConfigError, which says how to install them, where jinja2 or matplotlib is missing."""
+    for name in ("jinja2", "matplotlib"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as missing:
+            raise ConfigError(
+                f'the report needs {missing.name}: pip install "featcache[report]"'
+            ) from missing
 
 
 def _context(run_dir: Path) -> dict[str, Any]:
@@ -259,16 +266,32 @@ def _card(row: dict[str, Any], wrong: dict[str, str], image_root: Path) -> Card:
 
 
 def compare_words(reference: str, generated: str) -> tuple[list[Word], list[Word]]:
-    """Both captions word by word; odd are those the alignment of the two leaves unmatched."""
+    """Both captions word by word; odd are the words that a shortest edit from one to the other
+    replaces, drops or adds (Levenshtein 1966, over words).
+    """
     truth, said = reference.split(), generated.split()
-    matcher = difflib.SequenceMatcher(None, truth, said, autojunk=False)
-    in_truth, in_said = set[int](), set[int]()
-    for block in matcher.get_matching_blocks():
-        in_truth.update(range(block.a, block.a + block.size))
-        in_said.update(range(block.b, block.b + block.size))
+    # cost[i][j]: edits from the first i words of truth to the first j of said.
+    cost = [
+        [i + j if i * j == 0 else 0 for j in range(len(said) + 1)] for i in range(len(truth) + 1)
+    ]
+    for i, right in enumerate(truth, 1):
+        for j, word in enumerate(said, 1):
+            replaced = cost[i - 1][j - 1] + (right != word)
+            cost[i][j] = min(replaced, cost[i - 1][j] + 1, cost[i][j - 1] + 1)
+    odd_truth, odd_said = [True] * len(truth), [True] * len(said)
+    i, j = len(truth), len(said)
+    while i and j:
+        same = truth[i - 1] == said[j - 1]
+        if cost[i][j] == cost[i - 1][j - 1] + (not same):
+            i, j = i - 1, j - 1
+            odd_truth[i] = odd_said[j] = not same
+        elif cost[i][j] == cost[i - 1][j] + 1:
+            i -= 1
+        else:
+            j -= 1
     return (
-        [Word(text, index not in in_truth) for index, text in enumerate(truth)],
-        [Word(text, index not in in_said) for index, text in enumerate(said)],
+        [Word(text, odd) for text, odd in zip(truth, odd_truth, strict=True)],
+        [Word(text, odd) for text, odd in zip(said, odd_said, strict=True)],
     )
 
 
@@ -299,15 +322,15 @@ def _curves(log: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     loss = [row["loss"] for row in train]
     window = max(1, len(loss) // 40)
     smooth = [statistics.fmean(loss[max(0, i - window + 1) : i + 1]) for i in range(len(loss))]
-    lines = [("training, each step logged", steps, loss, "faint")]
+    lines = [("training", steps, loss, "faint" if window > 1 else "accent")]
     if window > 1:
-        lines.append((f"training, mean of {window}", steps, smooth, "accent"))
+        lines.append((f"training, mean of {window} log lines", steps, smooth, "accent"))
     if held_out:
         at, values = [row["step"] for row in held_out], [row["loss"] for row in held_out]
         lines.append(("held out", at, values, "second"))
     rate = [("learning rate", steps, [row["lr"] for row in train], "accent")]
     return [
-        ("Loss per supervised token", _svg(lines)),
+        ("Loss per supervised token, nats", _svg(lines)),
         ("Learning rate", _svg(rate)),
     ]
 

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
-from featcache.errors import ConfigError, FeatcacheError
+from featcache.errors import FeatcacheError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,6 +177,11 @@ def run(group: click.Group, argv: Sequence[str] | None = None) -> int:
 
     Whatever is neither a user's error nor click's is a bug and keeps its traceback.
     """
+    # What transformers says about configs is not addressed to our users; what matters of it is
+    # checked and raised by us. Its bars for downloads and weights are for terminals.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = group.main(
             args=None if argv is None else list(argv), prog_name=group.name, standalone_mode=False
@@ -205,11 +210,6 @@ def fail(message: str, label: str = "error: ") -> None:
     """One line on stderr, its label red where the terminal has colours."""
     one_line = " ".join(message.splitlines()) if label else message
     click.secho(label + one_line, err=True, fg="red", color=None if _colours() else False)
-
-
-def missing_extra(extra: str, what: str, module: str) -> ConfigError:
-    """The error for a command whose optional packages are not installed."""
-    return ConfigError(f'{what} needs {module}: pip install "featcache[{extra}]"')
 
 
 def _colours() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -93,13 +93,13 @@ class TrainDisplay:
                 if self._bar is None:
                     self._bar = console.Progress("train", "steps", event.total_steps, event.step)
                     self._bar.__enter__()
-                self._bar.update(
-                    event.step,
-                    loss=f"{event.loss:.4f}",
-                    lr=f"{event.lr:.2e}",
-                    samples_per_s=f"{event.samples_per_s:,.0f}",
-                    wait=f"{event.data_wait_ratio:.0%}",
-                )
+                shown: dict[str, Any] = {
+                    "loss": f"{event.loss:.4f}",
+                    "lr": f"{event.lr:.2e}",
+                    "samples/s": f"{event.samples_per_s:,.0f}",
+                    "waiting for data": f"{event.data_wait_ratio:.0%}",
+                }
+                self._bar.update(event.step, **shown)
             case tracking.EvalEvent():
                 console.say(f"step {event.step:,}: held-out loss {event.loss:.4f}")
             case tracking.SampleEvent():

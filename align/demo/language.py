@@ -6,6 +6,7 @@ Shape letters: B scenes, S statements.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -77,15 +78,19 @@ def hard_negative(scene: Scene, rng: np.random.Generator) -> Scene:
             return other
 
 
+def object_statements() -> list[list[int]]:
+    """All 125 statements about one object, from "a small thing" to "a large purple star": codes
+    with ANY in the last four places.
+    """
+    choices = itertools.product(*((ANY, *range(len(values))) for values in _VALUES[:3]))
+    return [[*choice, ANY, ANY, ANY, ANY] for choice in choices if any(c != ANY for c in choice)]
+
+
 def partial_statement(scene: Scene, rng: np.random.Generator) -> list[int]:
-    """A true statement about `scene` that leaves attributes open, as a code with ANY in places.
-    One that names one object only has ANY in the last four places.
+    """A true statement about both objects of `scene` that leaves attributes open, as a code with
+    ANY in places; the relation is always told.
     """
     codes = code(scene)
-    if rng.random() < 0.6:
-        kept = codes[:3] if rng.random() < 0.5 else codes[4:]
-        named = rng.permutation(3)[: rng.integers(1, 4)]
-        return [kept[i] if i in named else ANY for i in range(3)] + [ANY] * 4
     opened = rng.random(7) < 0.4
     opened[3] = False
     return [ANY if o else c for o, c in zip(opened, codes, strict=True)]
@@ -133,10 +138,20 @@ def corpus(seed: int) -> Iterator[str]:
     for scene in sample_scenes(2000, rng):
         yield caption(scene)
         yield " " + caption(scene)
-        yield statement_text(partial_statement(scene, rng), rng)
+        yield statement_text(_any_statement(scene, rng), rng)
     for _ in range(200):
         yield from PROMPTS
         yield "\nDescribe each image in order, one sentence per image."
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
         yield "Image 1: Image 2:"
         yield " " + " ".join(FIRST_TAGS + SECOND_TAGS + FILLERS)
+
+
+def _any_statement(scene: Scene, rng: np.random.Generator) -> list[int]:
+    """A true statement about one object of `scene` (3 in 5) or about both."""
+    if rng.random() < 0.6:
+        codes = code(scene)
+        kept = codes[:3] if rng.random() < 0.5 else codes[4:]
+        named = rng.permutation(3)[: rng.integers(1, 4)]
+        return [kept[i] if i in named else ANY for i in range(3)] + [ANY] * 4
+    return partial_statement(scene, rng)

@@ -41,7 +41,7 @@ _RGB = {
     "blue": (40, 80, 220),
     "purple": (150, 45, 185),
 }
-_RADIUS_PIXELS = {"small": (6.5, 7.8), "large": (10.8, 12.6)}
+_RADIUS_PIXELS = {"small": (7.5, 8.5), "large": (12.0, 13.2)}
 _HELD_OUT_MODULUS = 5
 
 
@@ -200,9 +200,9 @@ def place(scene: Scene, rng: np.random.Generator) -> tuple[tuple[float, float], 
     """Centres (x, y) in pixels of the first and the second object: the first thing that `render`
     draws from its generator, so an equally seeded one tells where the objects of a picture are.
     """
-    # The gap along the relation is 24..36 pixels and the offset across it at most 10, so the
+    # The gap along the relation is 28..37 pixels and the offset across it at most 10, so the
     # relation is never in doubt and two large objects touch at most.
-    along = (rng.uniform(14, 20), rng.uniform(44, 50))
+    along = (rng.uniform(13.5, 18), rng.uniform(46, 50.5))
     across = np.clip(rng.uniform(18, 46) + rng.uniform(-5, 5, size=2), 14, 50).tolist()
     if scene.relation == "left of":
         return ((along[0], across[0]), (along[1], across[1]))
@@ -216,7 +216,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     """A greyish float64[64, 64, 3]: smooth noise, stripes or checks of low contrast."""
     light = rng.uniform(50, 205)
     base = np.clip(light + rng.uniform(-14, 14, size=3), 0, 255)
-    contrast = rng.uniform(6, 22)
+    contrast = rng.uniform(5, 16)
     kind = rng.integers(3)
     if kind == 0:
         texture = _smooth_noise(rng)
@@ -248,7 +248,7 @@ def _draw(
 ) -> None:
     """Blend one object, centred at (x, y) pixels, into the canvas, with edges one pixel soft."""
     radius = rng.uniform(*_RADIUS_PIXELS[scene_object.size])
-    tilt = rng.uniform(-0.2, 0.2)
+    tilt = rng.uniform(-0.15, 0.15)
     dx, dy = _COLUMNS - x, _ROWS - y
     u = np.cos(tilt) * dx + np.sin(tilt) * dy
     v = np.cos(tilt) * dy - np.sin(tilt) * dx

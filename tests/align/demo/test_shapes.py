@@ -140,7 +140,7 @@ def test_place_tells_where_render_puts_the_objects():
     for seed in range(20):
         picture = render(scene, np.random.default_rng(seed)).astype(int)
         (x1, y1), (x2, y2) = place(scene, np.random.default_rng(seed))
-        assert x2 - x1 >= 24
+        assert x2 - x1 >= 28
         red, green = picture[int(y1), int(x1)], picture[int(y2), int(x2)]
         assert red.argmax() == 0
         assert green.argmax() == 1

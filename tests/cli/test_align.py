@@ -1,0 +1,211 @@
+"""The `align` program on a quick demo: what it prints, what it leaves, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from align.demo.shapes import ATTRIBUTES
+from align.run import load_run
+
+from .conftest import Align
+
+
+def test_demo_leaves_every_part(demo: Path) -> None:
+    assert sorted(path.name for path in demo.iterdir()) == [
+        "data",
+        "demo.json",
+        "run",
+        "store.zarr",
+    ]
+    for name in ("val", "val-shuffled"):
+        assert sorted(path.name for path in (demo / "run" / "eval" / name).iterdir()) == [
+            "captions.jsonl",
+            "metrics.json",
+            "report.md",
+        ]
+    page = (demo / "run" / "report.html").read_text()
+    captions = (demo / "run" / "eval" / "val" / "captions.jsonl").read_text().splitlines()
+    assert json.loads(captions[0])["id"] in page
+    assert page.count("data:image/png;base64,") >= 24
+
+
+def test_demo_again_reuses_what_is_there(demo: Path, align: Align) -> None:
+    made = [
+        *demo.glob("data/*.jsonl"),
+        *demo.glob("run/checkpoints/*/*"),
+        *demo.glob("store.zarr/features/-2/c/*/*/*"),
+    ]
+    before = {path: path.stat().st_mtime_ns for path in made if path.is_file()}
+    done = align("demo", "--quick", "--out", demo, "--json")
+    assert done.code == 0
+    assert len(before) >= 6
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    document = done.document
+    assert [row["name"] for row in document["rows"]] == [*ATTRIBUTES, "attributes", "exact_match"]
+    assert list(document["seconds"]) == [
+        "data",
+        "extract",
+        "train",
+        "eval",
+        "eval, shuffled",
+        "report",
+    ]
+    assert document["passed"] is None and document["missed"] == []
+    assert f"report: {demo}/run/report.html\n" in done.err
+
+
+def test_demo_of_other_settings_is_refused(demo: Path, align: Align) -> None:
+    done = align("demo", "--out", demo)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.endswith(
+        f"error: {demo}: holds a demo of other settings (num_train, num_val, overrides, judged); "
+        "add --fresh to start over, or choose another --out\n"
+    )
+
+
+def test_demo_does_not_touch_other_folders(tmp_path: Path, align: Align) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").write_text("precious")
+    done = align("demo", "--quick", "--fresh", "--out", tmp_path)
+    assert done.code == 1
+    assert "exists and is no demo's folder" in done.err
+    assert (tmp_path / "data" / "mine").read_text() == "precious"
+
+
+def test_train_eval_report(demo: Path, tmp_path: Path, align: Align) -> None:
+    """The same through the commands, with data files given and another split."""
+    run = tmp_path / "run"
+    data = demo / "data"
+    trained = align(
+        *("train", "--features", demo / "store.zarr", "--config", "demo", "--out", run),
+        *("--data", data / "train.jsonl", "--images", data, "--llm", "tiny", "--json"),
+        *("train.steps=2", "train.batch_size=8", "data.eval_ratio=0.2", "train.sample_every=2"),
+    )
+    assert trained.code == 0
+    assert trained.document["step"] == 2
+    assert "77 samples to train on, 19 held out, 2 steps of 8" in trained.err
+    result = align("eval", run, "--split", "train", "--limit", "6", "--max-new-tokens", 5, "--json")
+    assert result.code == 0
+    document = result.document
+    assert (document["n"], document["split_size"], document["step"]) == (6, 77, 2)
+    assert document["decoding"]["max_new_tokens"] == 5
+    assert document["metrics"]["size"]["chance"] is not None
+    assert "exact_match" in result.err and str(run / "eval" / "train") in result.err
+    reported = align("report", run, "--json")
+    assert reported.document == {"report": str(run / "report.html")}
+
+
+def test_resume_alone_takes_the_runs_own_settings(demo: Path, tmp_path: Path, align: Align) -> None:
+    run = shutil.copytree(demo / "run", tmp_path / "run")
+    done = align("train", "--features", demo / "store.zarr", "--out", run, "--resume")
+    assert done.code == 0
+    assert "resuming at step 4 of 4" in done.err
+
+
+def test_caption_is_the_cached_path_live(demo: Path, align: Align) -> None:
+    rows = [
+        json.loads(line)
+        for line in (demo / "run" / "eval" / "val" / "captions.jsonl").read_text().splitlines()[:3]
+    ]
+    images = [demo / "data" / row["images"][0] for row in rows]
+    done = align("caption", demo / "run", *images, "--json")
+    assert done.code == 0
+    assert done.document["captions"] == [
+        {"image": str(image), "caption": row["generated"]}
+        for image, row in zip(images, rows, strict=True)
+    ]
+    assert done.err.endswith(
+        "".join(f"{i}: {r['generated']}\n" for i, r in zip(images, rows, strict=True))
+    )
+
+
+def test_show(demo: Path, align: Align) -> None:
+    done = align("show", "--config", "demo", "--features", demo / "store.zarr", "-n", 1, "--json")
+    assert done.code == 0
+    (sample,) = done.document["samples"]
+    assert sample["text"].startswith("<image 1 x 16>\nDescribe the image in one sentence.\na ")
+    target = sample["target"].removesuffix("<|endoftext|>")
+    assert sample["text"].endswith(sample["target"]) and target != sample["target"]
+    assert sum(sample["is_slot"]) == 16
+    assert len(sample["input_ids"]) == len(sample["is_slot"]) == len(sample["is_supervised"])
+    first, text, ids, *_ = done.err[done.err.index(sample["id"]) :].splitlines()
+    assert first.startswith(f"{sample['id']}  {sample['images'][0]}  ")
+    assert first.endswith(f"16 slots, {sum(sample['is_supervised'])} supervised")
+    assert text.startswith("(image 1 x 16)\\n")
+    assert "[<|endoftext|>]" in text
+    assert ids.startswith("ids  ") and f"{sample['input_ids'][0]}x16 " in ids
+
+
+def test_configs(align: Align) -> None:
+    done = align("configs", "--json")
+    assert done.code == 0
+    found = {config["name"]: config for config in done.document["configs"]}
+    assert found["demo"]["headline"] in done.err
+    assert all(config["headline"] for config in found.values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "error"),
+    [
+        (["eval", "{tmp}/none"], 1, "{tmp}/none: not a run's folder"),
+        (["report", "{tmp}/none"], 1, "{tmp}/none: not a run's folder"),
+        (["caption", "{tmp}/none", "x.png"], 1, "{tmp}/none: not a run's folder"),
+        (["eval", "{demo}/run", "--split", "test"], 1, "split test: there are train and val"),
+        (["eval", "{demo}/run", "--checkpoint", "7"], 1, "7"),
+        (["caption", "{demo}/run", "{tmp}/none.png"], 1, "{tmp}/none.png: missing"),
+        (["caption", "{demo}/run", "{demo}/demo.json"], 1, "{demo}/demo.json: undecodable"),
+        (["train", "--features", "{tmp}/none.zarr", "--out", "{tmp}/r"], 1, "{tmp}/none.zarr"),
+        (
+            ["train", "--features", "{demo}/store.zarr", "--config", "demoo", "--out", "{tmp}/r"],
+            2,
+            "did you mean `demo`?",
+        ),
+        (
+            ["train", "--features", "{demo}/store.zarr", "--out", "{tmp}/r", "optim.lrr=1"],
+            2,
+            "optim.lrr: no such field, did you mean `lr`?",
+        ),
+        (["train", "--features", "{demo}/store.zarr", "--out", "{demo}/run"], 1, "--resume"),
+        (["evl", "{demo}/run"], 2, "no command 'evl'; did you mean 'eval'? (align --help)"),
+        (["eval", "{demo}/run", "--temperature", "-1"], 2, "--temperature"),
+        (["eval"], 2, "Missing argument 'RUN'. (align eval --help)"),
+    ],
+)
+def test_mistakes_are_one_line(
+    demo: Path, tmp_path: Path, align: Align, argv: list[str], code: int, error: str
+) -> None:
+    places = {"demo": demo, "tmp": tmp_path}
+    done = align(*(part.format(**places) for part in argv))
+    assert done.code == code
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: ") and error.format(**places) in last
+    assert done.err.count("error:") == 1 and "Traceback" not in done.err
+
+
+def test_eval_of_a_run_without_checkpoint(demo: Path, tmp_path: Path, align: Align) -> None:
+    run = shutil.copytree(demo / "run", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    done = align("eval", run)
+    assert done.code == 1
+    assert done.err.startswith(f"error: {run}/checkpoints: ")
+    assert done.err.count("\n") == 1
+
+
+def test_caption_refuses_another_encoder(demo: Path, tmp_path: Path, align: Align) -> None:
+    from transformers import SiglipModel
+
+    import featcache
+
+    tiny = Path(featcache.__file__).parent / "assets" / "siglip-tiny"
+    other = shutil.copytree(tiny, tmp_path / "other")
+    model = SiglipModel.from_pretrained(tiny)
+    model.vision_model.post_layernorm.weight.data += 1
+    model.save_pretrained(other)
+    image = load_run(demo / "run").splits.val[0].record.images[0]
+    done = align("caption", demo / "run", demo / "data" / image, "--encoder", other)
+    assert done.code == 1
+    assert "encoder.weights" in done.err and "--encoder" in done.err
