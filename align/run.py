@@ -91,7 +91,8 @@ class Run:
     model: AlignModel
     encoder: SampleEncoder
     step: int = 0
-    checkpoint: Checkpoint | None = field(default=None)
+    checkpoint: Checkpoint | None = None
+    _loaders: dict[str, Loader] = field(default_factory=dict, repr=False)
 
     @property
     def folder(self) -> RunFolder:
@@ -104,19 +105,21 @@ class Run:
         return self.model.llm.tokenizer
 
     def loader(self, split: str) -> Loader:
-        """Batches of "train" or "val".
+        """Batches of "train" or "val"; the same loader each time, so that it keeps its tokens.
 
         Raises DataError where the split is empty.
         """
-        train = self.config.train
-        return Loader(
-            self.store,
-            self.splits.split(split),
-            self.encoder,
-            self.layer,
-            train.read_threads,
-            train.read_ahead,
-        )
+        if split not in self._loaders:
+            train = self.config.train
+            self._loaders[split] = Loader(
+                self.store,
+                self.splits.split(split),
+                self.encoder,
+                self.layer,
+                train.read_threads,
+                train.read_ahead,
+            )
+        return self._loaders[split]
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run remembers besides weights, JSON-able.

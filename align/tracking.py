@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from align.errors import RunError
 from featcache.files import publish
 
 
@@ -99,10 +100,18 @@ class MetricsLog:
         self.path = path
 
     def append(self, event: StepEvent | EvalEvent | SampleEvent) -> None:
-        """Adds one line."""
+        """Adds one line.
+
+        Raises RunError where the disk does not take it.
+        """
         line = {"kind": event.kind, **dataclasses.asdict(event)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot be written: {error.strerror}; free some space, then --resume"
+            ) from error
 
     def drop_after(self, step: int) -> None:
         """Removes the lines of later steps, and a last line that a kill cut short.

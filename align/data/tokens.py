@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,20 +76,18 @@ class SampleEncoder:
         self._eos = tokenizer.eos_token_id
         # Prompts repeat in every sample; answers mostly do not, and 558K of them must not pile up.
         self._repeated_ids = lru_cache(maxsize=1024)(self._ids)
-        if template.name == "caption" and template.supervise_eos and self._eos is None:
-            raise TemplateError(
-                "the tokenizer has no end-of-text token; set template.supervise_eos=false"
-            )
 
-    @property
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a generated answer: end of text, and the template's own stop text."""
+        """Tokens that end a generated answer: end of text, and all that hold the stop text.
+
+        A newline seldom stands alone: Qwen has one token for a full stop with its newline.
+        """
         stops = [] if self._eos is None else [self._eos]
         text = stop_text(self.template)
         if text is not None:
-            ids = self._ids(text)
-            if len(ids) == 1:
-                stops.append(ids[0])
+            every = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+            stops += [i for i, token in enumerate(every) if text in token]
         return tuple(stops)
 
     def encode(self, record: Record) -> TokenizedSample:
@@ -132,6 +130,11 @@ class SampleEncoder:
                     ids += [self.image_token_id] * self.num_tokens
                     slots.append(slice(start, len(ids)))
                 case EndOfText(is_learned):
+                    if self._eos is None:
+                        raise TemplateError(
+                            "the tokenizer has no end-of-text token: set "
+                            "template.supervise_eos=false"
+                        )
                     ids.append(self._eos)
                     if is_learned:
                         supervised.append(slice(start, len(ids)))

@@ -69,7 +69,7 @@ def test_every_shipped_config_loads_and_opens_with_its_command() -> None:
     for name, path in shipped.items():
         load_config(name)
         head = path.read_text().split("\n\n")[0]
-        for part in ("Command:", "Hardware:", "Time:", "Result:"):
+        for part in ("align ", "Hardware:", "Time:", "Result:"):
             assert part in head, f"{path}: its header lacks {part}"
 
 

@@ -21,7 +21,7 @@ import align
 from align.checkpoint import find_checkpoint, list_checkpoints
 from align.config import RunConfig, load_config, save_config
 from align.errors import AlignError, CheckpointError, RunError
-from align.run import RunFolder, load_run
+from align.run import RunFolder, assemble, load_run
 from align.tracking import (
     CheckpointEvent,
     EvalEvent,
@@ -284,6 +284,34 @@ def test_left_out_records_are_told_before_the_first_step(
     assert events[1].text == "left out 1 of 10 records: 1 image not in the store (gone)"
 
 
+def test_samples_without_room_are_told_and_skipped(
+    store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
+    lines: list[dict[str, object]] = [
+        {"id": f"s{i}", "images": [f"{i:03d}.png"], "caption": "a square"} for i in range(9)
+    ]
+    lines += [{"id": "pair", "images": ["001.png", "002.png"], "caption": "two squares"}]
+    data = jsonl(tmp_path / "data.jsonl", lines)
+    one = load_run_prompt_length(make_config, store, tmp_path, data)
+    events: list[Event] = []
+    config = make_config(f"data.files=[{data}]", f"data.max_length={one + 1}", "data.eval_ratio=0")
+    train(config, [store.path], tmp_path / "run", on_event=events.append)
+    told = [e.text for e in events if isinstance(e, NoticeEvent) and "skipped" in e.text]
+    assert told == [
+        "skipped so far: 1 its images and prompt alone fill "
+        f"data.max_length={one + 1} (pair)"
+    ]
+
+
+def load_run_prompt_length(
+    make_config: MakeConfig, store: Store, folder: Path, data: Path
+) -> int:
+    """Tokens before the answer of a one-image sample."""
+    run = assemble(make_config(f"data.files=[{data}]"), [store.path], folder / "unused")
+    record = next(s.record for s in run.splits.train if len(s.record.images) == 1)
+    return len(run.encoder.encode_prompt(record).input_ids)
+
+
 def test_epochs_count_steps(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("train.steps=null", "train.epochs=1.5")
     assert train(config, [store.path], tmp_path / "run").step == 12  # 32 samples by 4, 1.5 times
@@ -307,6 +335,12 @@ def test_clear_errors(
 def test_two_stores_are_refused(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="reads one store, got 2"):
         train(make_config(), [store.path, store.path], tmp_path / "run")
+
+
+def test_an_out_that_is_a_file(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("hello")
+    with pytest.raises(RunError, match=r"run: cannot be written: File exists; give another --out"):
+        train(make_config(), [store.path], tmp_path / "run")
 
 
 def test_no_run_to_load(tmp_path: Path) -> None:

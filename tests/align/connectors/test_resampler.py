@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import align.connectors
+from align.config import load_config
 from align.connectors import CONNECTORS, build_connector
 from align.connectors.mlp import MlpConfig
 from align.connectors.resampler import ResamplerConfig, sincos
@@ -30,6 +31,14 @@ def test_flagship_parameter_counts() -> None:
     assert count(connector) - projector == 6_927_872
     assert count(connector) == 82_445_824
     assert count(with_norm) - count(connector) == 2_304
+
+
+def test_flagship_config_builds_at_full_size() -> None:
+    with torch.device("meta"):
+        connector = build_connector(load_config("qwen3-8b-resampler").connector, D, P, H)
+        trial = build_connector(load_config("qwen3-trial").connector, D, P, H)
+    assert count(connector) == 82_445_824 + 2_304
+    assert count(trial) == 82_445_824
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import featcache
 from align.data.dataset import DataConfig, LeftOut, build_splits, hold_out, num_held_out
 from align.data.templates import TemplateConfig
 from align.errors import DataError
+from featcache.errors import ManifestError
 from featcache.extract import ExtractOptions, extract
 from featcache.manifests import Record, Turn
 from featcache.store import Store
@@ -82,6 +83,12 @@ def test_max_samples_and_a_file_of_its_own_for_validation(
     splits = build_splits(config, CAPTION, store)
     assert [s.record.id for s in splits.train] == [f"s{i}" for i in range(7)]
     assert [s.record.id for s in splits.val] == ["v"]
+
+
+def test_what_is_held_out_is_not_trained_on_by_default(world: Path, store: Store) -> None:
+    """A store extracted from both files, and only the held-out one named."""
+    with pytest.raises(ManifestError, match="no data files"):
+        build_splits(DataConfig(val_files=[str(world / "captions.jsonl")]), CAPTION, store)
 
 
 def test_left_out_records_are_counted_with_reasons(world: Path, tmp_path: Path, jsonl) -> None:  # type: ignore[no-untyped-def]

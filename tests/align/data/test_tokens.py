@@ -56,7 +56,19 @@ def test_plain_template(llm: FrozenLLM) -> None:
     learned = ids(llm.tokenizer, "a red square\n")
     assert sample.input_ids.tolist() == [llm.image_token_id] * Q + learned
     assert sample.labels.tolist() == [IGNORE] * Q + learned
-    assert encode.stop_ids == (llm.tokenizer.eos_token_id, *ids(llm.tokenizer, "\n"))
+    eos, *stops = encode.stop_ids
+    assert eos == llm.tokenizer.eos_token_id
+    assert set(ids(llm.tokenizer, "\n")) <= set(stops)
+    assert all("\n" in llm.tokenizer.decode([stop]) for stop in stops)
+
+
+def test_a_tokenizer_without_end_of_text(llm: FrozenLLM) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    bare = PreTrainedTokenizerFast(tokenizer_object=llm.tokenizer.backend_tokenizer)
+    encode = SampleEncoder(bare, TemplateConfig(), Q, llm.image_token_id, 100)
+    with pytest.raises(TemplateError, match=r"set template\.supervise_eos=false"):
+        encode.encode(record("a cat"))
 
 
 def test_without_eos(llm: FrozenLLM) -> None:

@@ -1,0 +1,315 @@
+"""A training under way: how it starts or resumes, where it tells and saves, what it watches."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from align.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_optimizer,
+    prune,
+    remove_partial,
+    restore_rng,
+    save_checkpoint,
+)
+from align.config import RunConfig, config_dict, diff_fields, load_config, save_config
+from align.data.collate import Batch, Loader
+from align.data.sampling import StepSampler
+from align.errors import AlignError, CheckpointError, RunError
+from align.optim import build_optimizer
+from align.run import Run, RunFolder, absolute, assemble, restore, versions
+from align.tracking import (
+    LOGGED,
+    CheckpointEvent,
+    Event,
+    MetricsLog,
+    NoticeEvent,
+    OnEvent,
+    StepEvent,
+)
+
+E = TypeVar("E", bound=Event)
+
+FREE_TO_CHANGE = (
+    "eval",
+    "train.device",
+    "train.eval_every",
+    "train.eval_samples",
+    "train.keep_best",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.read_ahead",
+    "train.read_threads",
+    "train.sample_every",
+    "train.samples",
+    "train.save_every",
+)
+"""Settings that may differ when a run is resumed: they decide what is told, not what is learned."""
+
+
+@dataclass(slots=True)
+class Session:
+    """What the loop holds besides the model.
+
+    loss, eval_loss: the newest known. unchecked: (step, [loss, gradient norm]) not yet looked at.
+    """
+
+    run: Run
+    optimizer: torch.optim.Optimizer
+    sampler: StepSampler
+    loader: Loader
+    total_steps: int
+    on_event: OnEvent | None
+    log: MetricsLog
+    loss: float | None = None
+    eval_loss: float | None = None
+    unchecked: list[tuple[int, Tensor]] = field(default_factory=list)
+    skipped_told: int = 0
+
+    def tell(self, event: E) -> E:
+        """Passes an event on, and into metrics.jsonl where it belongs there."""
+        if isinstance(event, LOGGED):
+            self.log.append(event)
+        if self.on_event is not None:
+            self.on_event(event)
+        return event
+
+    def watch(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Remembers a step's loss and norm on the device: asking for them would wait for it."""
+        self.unchecked.append((self.run.step, torch.stack([loss, grad_norm])))
+
+    def check_finite(self) -> tuple[float, float]:
+        """Loss and gradient norm of the newest step.
+
+        Raises AlignError where a step since the last check was not finite; no checkpoint was
+        written since.
+        """
+        steps = [step for step, _ in self.unchecked]
+        values = torch.stack([value for _, value in self.unchecked]).tolist()
+        self.unchecked.clear()
+        for step, (loss, norm) in zip(steps, values, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._stop_not_finite(step, loss, norm)
+        self.loss = values[-1][0]
+        return values[-1][0], values[-1][1]
+
+    def tell_skipped(self) -> None:
+        """Tells of samples that turned out, once tokenised, to have nothing to learn."""
+        if self.loader.skipped.total > self.skipped_told:
+            self.skipped_told = self.loader.skipped.total
+            self.tell(NoticeEvent(f"skipped so far: {self.loader.skipped}"))
+
+    def save(self) -> None:
+        """A checkpoint of the steps done so far; never of weights that may not be finite."""
+        if self.unchecked:
+            self.check_finite()
+        state = {
+            **self.run.identity(),
+            "config": config_dict(self.run.config),
+            "total_steps": self.total_steps,
+            "samples_seen": self.run.step * self.sampler.step_size,
+            "loss": self.loss,
+            "eval_loss": self.eval_loss,
+        }
+        train = self.run.config.train
+        folder = self.run.folder.checkpoints
+        saved = save_checkpoint(
+            folder, self.run.step, self.run.model.connector, self.optimizer, state
+        )
+        prune(folder, train.keep_checkpoints, train.keep_best)
+        self.tell(CheckpointEvent(self.run.step, saved.path))
+
+    def finish(self) -> None:
+        """Marks the run as done."""
+        folder = self.run.folder
+        folder.write_info({**folder.read_info(), "status": "finished", "step": self.run.step})
+
+    def _stop_not_finite(self, step: int, loss: float, norm: float) -> None:
+        samples = self.run.splits.train
+        ids = [samples[i].record.id for i in self.sampler.step(step).tolist()]
+        file = self.run.path / "not_finite.json"
+        file.write_text(json.dumps({"step": step + 1, "ids": ids}, indent=1), encoding="utf-8")
+        raise AlignError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm} are not finite; its samples are "
+            f"{', '.join(ids[:4])}{', ...' * (len(ids) > 4)} (all in {file}); lower optim.lr, or "
+            "look at their features with `featcache verify`, then go on with --resume"
+        )
+
+
+def start_session(
+    config: RunConfig,
+    features: Sequence[Path | str],
+    out: Path,
+    resume: bool,
+    on_event: OnEvent | None,
+) -> Session:
+    """Everything before the first step: folder, parts, position.
+
+    Raises as `align.trainer.train` says.
+    """
+    folder = RunFolder(out)
+    found = list_checkpoints(folder.checkpoints)
+    if (found or folder.info.exists()) and not resume:
+        raise RunError(f"{out}: already holds a run; give --resume or another --out")
+    if folder.config.exists():
+        _check_same_config(load_config(folder.config), config, out)
+    run = assemble(config, features, out)
+    optimizer = build_optimizer(config.optim, run.model.connector)
+    loader = run.loader("train")
+    train = config.train
+    sampler = StepSampler(len(loader.samples), train.batch_size, train.grad_accum, train.seed)
+    total_steps = train.steps or sampler.steps_in(train.epochs)
+    session = Session(
+        run, optimizer, sampler, loader, total_steps, on_event, MetricsLog(folder.metrics)
+    )
+    splits = run.splits
+    if found:
+        remove_partial(folder.checkpoints)
+        checkpoint = find_checkpoint(folder.checkpoints)
+        state = restore(run, checkpoint)
+        _check_same_data(state, run)
+        load_optimizer(checkpoint, run.model.connector, optimizer)
+        restore_rng(state)
+        session.loss, session.eval_loss = state["loss"], state["eval_loss"]
+        session.log.drop_after(run.step)
+        session.tell(NoticeEvent(f"resuming at step {run.step:,} of {total_steps:,}"))
+        other = diff_fields(state["versions"], versions())
+        if other:
+            session.tell(NoticeEvent(f"rounding may differ from before: {'; '.join(other)}"))
+    else:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            save_config(config, folder.config)
+            folder.metrics.write_text("")
+        except OSError as error:
+            raise RunError(
+                f"{out}: cannot be written: {error.strerror}; give another --out"
+            ) from error
+    folder.write_info(_info(session, features))
+    session.tell(
+        NoticeEvent(
+            f"{len(splits.train):,} samples to train on, {len(splits.val):,} held out, "
+            f"{total_steps:,} steps of {sampler.step_size}"
+        )
+    )
+    if splits.left_out.total:
+        session.tell(
+            NoticeEvent(
+                f"left out {splits.left_out.total:,} of {splits.found:,} records: {splits.left_out}"
+            )
+        )
+    return session
+
+
+def _info(session: Session, features: Sequence[Path | str]) -> dict[str, object]:
+    """The content of run.json."""
+    run = session.run
+    return {
+        "status": "running",
+        "features": absolute(features),
+        "store": run.store.fingerprint,
+        "llm": run.model.llm.identity,
+        "parameters": {
+            "connector": sum(p.numel() for p in run.model.connector.parameters()),
+            "llm": sum(p.numel() for p in run.model.llm.model.parameters()),
+        },
+        "samples": {
+            "train": len(run.splits.train),
+            "val": len(run.splits.val),
+            "found": run.splits.found,
+            "left_out": run.splits.left_out.counts,
+        },
+        "total_steps": session.total_steps,
+        "step": run.step,
+        "versions": versions(),
+    }
+
+
+def _check_same_config(before: RunConfig, now: RunConfig, out: Path) -> None:
+    changed = [
+        line
+        for line in diff_fields(config_dict(before), config_dict(now))
+        if not line.split(":")[0].startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise RunError(
+            f"{out}: cannot be resumed with other settings: {'; '.join(changed)}; "
+            "give the same ones or choose another --out"
+        )
+
+
+def _check_same_data(state: dict[str, object], run: Run) -> None:
+    before, now = state["data"], run.identity()["data"]
+    if before != now:
+        raise CheckpointError(
+            f"{run.path}: cannot be resumed on other training samples: "
+            f"{'; '.join(diff_fields(before, now))}; give the data it was started with"
+        )
+
+
+@dataclass(slots=True)
+class Meter:
+    """Time, waiting and samples between two log lines, without what is `paused`. Seconds."""
+
+    since: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    excluded: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        started = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - started
+        return batch
+
+    def count(self, batch: Batch) -> None:
+        self.samples += len(batch.ids)
+        self.tokens += batch.input_ids.numel()
+
+    def paused(self) -> _Pause:
+        return _Pause(self)
+
+    def line(self, session: Session, loss: float, grad_norm: float, lr: float) -> StepEvent:
+        """The log line of the steps since the last; call it after asking the device for the loss,
+        so that the device's work is within the time.
+        """
+        seconds = time.perf_counter() - self.since - self.excluded
+        device = session.run.model.device
+        cuda = device.type == "cuda"
+        event = StepEvent(
+            step=session.run.step,
+            total_steps=session.total_steps,
+            epoch=session.run.step * session.sampler.step_size / session.sampler.num_samples,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            samples_per_s=self.samples / seconds,
+            tokens_per_s=self.tokens / seconds,
+            data_wait_ratio=self.waited / seconds,
+            memory_bytes=torch.cuda.max_memory_allocated(device) if cuda else 0,
+        )
+        self.since, self.waited, self.excluded = time.perf_counter(), 0.0, 0.0
+        self.samples = self.tokens = 0
+        return event
+
+
+class _Pause:
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.excluded += time.perf_counter() - self._started
