@@ -1,10 +1,10 @@
 """A run's folder, and the parts of a run put together: for training, and to load it back.
 
-    RUN/config.yaml      the resolved config
-    RUN/run.json         store, language model, counts, versions, status
-    RUN/metrics.jsonl    see align.tracking
-    RUN/checkpoints/     see align.checkpoint
-    RUN/eval/, RUN/report.html    written by `align eval` and `align report`
+RUN/config.yaml      the resolved config
+RUN/run.json         store, language model, counts, versions, status
+RUN/metrics.jsonl    see align.tracking
+RUN/checkpoints/     see align.checkpoint
+RUN/eval/, RUN/report.html    written by `align eval` and `align report`
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from align.data.tokens import SampleEncoder
 from align.errors import CheckpointError, RunError
 from align.llm import load_llm
 from align.vlm import AlignModel
+from featcache.device import resolve_device
 from featcache.errors import ConfigError
 from featcache.files import publish_json
 from featcache.fingerprint import require_same
@@ -155,7 +156,7 @@ def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> R
         )
     store = featcache.open(Path(features[0]))
     layer = _layer(config, store)
-    device = _device(config)
+    device = resolve_device(config.train.device)
     bf16 = _is_bf16(config, device)
     llm = load_llm(config.llm, device, torch.bfloat16 if bf16 else torch.float32)
     torch.manual_seed(config.train.seed)
@@ -263,18 +264,6 @@ def _layer(config: RunConfig, store: Store) -> str:
             f"extract it with --layer {wanted}"
         )
     return wanted
-
-
-def _device(config: RunConfig) -> torch.device:
-    if config.train.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.train.device)
-    except RuntimeError as error:
-        raise ConfigError(f"train.device={config.train.device}: no such device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"train.device={config.train.device}: this machine has no CUDA device")
-    return device
 
 
 def _is_bf16(config: RunConfig, device: torch.device) -> bool:
