@@ -29,10 +29,13 @@ from featcache.fingerprint import diff
 
 @dataclass
 class FeaturesConfig:
-    """Which of a store's arrays is trained on."""
+    """Which features are trained on."""
 
     layer: str | None = None
     """The encoder layer as the store names it, e.g. "-2"; null takes the store's only layer."""
+    encoder: str | None = None
+    """The encoder that the recipe is for, as `featcache extract --model` takes it; a store of
+    another one is refused. null takes any."""
 
 
 @dataclass

@@ -32,9 +32,10 @@ from align.errors import CheckpointError, RunError
 from align.llm import load_llm
 from align.vlm import AlignModel
 from featcache.device import resolve_device
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, FingerprintMismatch
 from featcache.files import publish_json
 from featcache.fingerprint import require_same
+from featcache.registry import same_encoder
 from featcache.store import Store
 
 
@@ -155,6 +156,7 @@ def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> R
             f"--features: connector {config.connector.name} reads one store, got {len(features)}"
         )
     store = featcache.open(Path(features[0]))
+    _check_encoder(config, store)
     layer = _layer(config, store)
     device = resolve_device(config.train.device)
     bf16 = _is_bf16(config, device)
@@ -247,6 +249,15 @@ def versions() -> dict[str, str]:
 def absolute(features: Sequence[Path | str]) -> list[str]:
     """Store paths as run.json keeps them: independent of the working directory."""
     return [os.fspath(Path(path).absolute()) for path in features]
+
+
+def _check_encoder(config: RunConfig, store: Store) -> None:
+    wanted, there = config.features.encoder, store.fingerprint["encoder"]["name"]
+    if wanted is not None and not same_encoder(wanted, there):
+        raise FingerprintMismatch(
+            f"features.encoder={wanted}: {store.path} was extracted with {there}; extract with "
+            f"--model {wanted}, or set features.encoder=null to train on it all the same"
+        )
 
 
 def _layer(config: RunConfig, store: Store) -> str:

@@ -346,6 +346,16 @@ def test_clear_errors(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_store_of_another_encoder_than_the_recipes(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config("features.encoder=siglip2-so400m")
+    with pytest.raises(FingerprintMismatch, match="extract with --model siglip2-so400m, or set"):
+        train(config, [store.path], tmp_path / "run")
+    named = make_config(f"features.encoder={store.fingerprint['encoder']['name']}", "train.steps=1")
+    assert train(named, [store.path], tmp_path / "run").step == 1
+
+
 def test_two_stores_are_refused(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="reads one store, got 2"):
         train(make_config(), [store.path, store.path], tmp_path / "run")
