@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from align.errors import CheckpointError
+from featcache.files import sync
 
 FORMAT = 1
 PREFIX = "step-"
@@ -79,12 +79,12 @@ def save_checkpoint(
         document = {"format": FORMAT, "step": step, **state, "rng": _rng_state()}
         (partial / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
         for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
+            sync(file)
+        sync(partial)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-        _flush(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -225,11 +225,3 @@ def _encode(state: Tensor) -> str:
 
 def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

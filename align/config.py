@@ -24,14 +24,18 @@ from align.data.templates import TemplateConfig
 from align.llm import LLMConfig
 from align.optim import OptimConfig
 from featcache.errors import ConfigError
+from featcache.fingerprint import diff
 
 
 @dataclass
 class FeaturesConfig:
-    """Which of a store's arrays is trained on."""
+    """Which features are trained on."""
 
     layer: str | None = None
     """The encoder layer as the store names it, e.g. "-2"; null takes the store's only layer."""
+    encoder: str | None = None
+    """The encoder that the recipe is for, as `featcache extract --model` takes it; a store of
+    another one is refused. null takes any."""
 
 
 @dataclass
@@ -186,26 +190,9 @@ def config_dict(config: RunConfig) -> dict[str, Any]:
     return {f.name: dataclasses.asdict(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
-def diff_fields(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two JSON-like values differ, one "dotted.path: a -> b" each, in a's order, then b's.
-
-    A list is compared as one value. A key that only one side has reads as (absent) on the other.
-    """
-    if isinstance(a, dict) and isinstance(b, dict):
-        absent = _Absent()
-        return [
-            line
-            for key in [*a, *(key for key in b if key not in a)]
-            for line in diff_fields(
-                a.get(key, absent), b.get(key, absent), f"{path}.{key}" if path else str(key)
-            )
-        ]
-    return [] if a == b else [f"{path}: {a!r} -> {b!r}"]
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "(absent)"
+def diff_fields(a: Any, b: Any) -> list[str]:
+    """`featcache.fingerprint.diff` as lines, one "dotted.path: a -> b" each."""
+    return [f"{path}: {left!r} -> {right!r}" for path, left, right in diff(a, b)]
 
 
 def list_configs() -> dict[str, Path]:

@@ -1,10 +1,10 @@
 """A run's folder, and the parts of a run put together: for training, and to load it back.
 
-    RUN/config.yaml      the resolved config
-    RUN/run.json         store, language model, counts, versions, status
-    RUN/metrics.jsonl    see align.tracking
-    RUN/checkpoints/     see align.checkpoint
-    RUN/eval/, RUN/report.html    written by `align eval` and `align report`
+RUN/config.yaml      the resolved config
+RUN/run.json         store, language model, counts, versions, status
+RUN/metrics.jsonl    see align.tracking
+RUN/checkpoints/     see align.checkpoint
+RUN/eval/, RUN/report.html    written by `align eval` and `align report`
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from align.data.tokens import SampleEncoder
 from align.errors import CheckpointError, RunError
 from align.llm import load_llm
 from align.vlm import AlignModel
-from featcache.errors import ConfigError
+from featcache.device import resolve_device
+from featcache.errors import ConfigError, FingerprintMismatch
 from featcache.files import publish_json
 from featcache.fingerprint import require_same
+from featcache.registry import same_encoder
 from featcache.store import Store
 
 
@@ -154,8 +156,9 @@ def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> R
             f"--features: connector {config.connector.name} reads one store, got {len(features)}"
         )
     store = featcache.open(Path(features[0]))
+    _check_encoder(config, store)
     layer = _layer(config, store)
-    device = _device(config)
+    device = resolve_device(config.train.device)
     bf16 = _is_bf16(config, device)
     llm = load_llm(config.llm, device, torch.bfloat16 if bf16 else torch.float32)
     torch.manual_seed(config.train.seed)
@@ -248,6 +251,15 @@ def absolute(features: Sequence[Path | str]) -> list[str]:
     return [os.fspath(Path(path).absolute()) for path in features]
 
 
+def _check_encoder(config: RunConfig, store: Store) -> None:
+    wanted, there = config.features.encoder, store.fingerprint["encoder"]["name"]
+    if wanted is not None and not same_encoder(wanted, there):
+        raise FingerprintMismatch(
+            f"features.encoder={wanted}: {store.path} was extracted with {there}; extract with "
+            f"--model {wanted}, or set features.encoder=null to train on it all the same"
+        )
+
+
 def _layer(config: RunConfig, store: Store) -> str:
     wanted = config.features.layer
     if wanted is None:
@@ -263,18 +275,6 @@ def _layer(config: RunConfig, store: Store) -> str:
             f"extract it with --layer {wanted}"
         )
     return wanted
-
-
-def _device(config: RunConfig) -> torch.device:
-    if config.train.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.train.device)
-    except RuntimeError as error:
-        raise ConfigError(f"train.device={config.train.device}: no such device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"train.device={config.train.device}: this machine has no CUDA device")
-    return device
 
 
 def _is_bf16(config: RunConfig, device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """The trained whole: features -> connector -> frozen language model -> loss.
 
-    B samples, I images in the batch, P patches, D encoder width, Q visual tokens per image,
-    H LLM width, T sequence length, V vocabulary
+B samples, I images in the batch, P patches, D encoder width, Q visual tokens per image,
+H LLM width, T sequence length, V vocabulary
 """
 
 from __future__ import annotations

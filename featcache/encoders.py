@@ -21,7 +21,8 @@ from transformers import AutoConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from featcache.errors import ConfigError, EncoderError
+from featcache.device import resolve_device
+from featcache.errors import EncoderError
 from featcache.fingerprint import weights_digest
 from featcache.registry import ENCODERS, EncoderEntry
 
@@ -215,19 +216,6 @@ def load_encoder(
         device=device,
         compute_dtype=compute_dtype,
     )
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU. Raises ConfigError for an absent one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:0") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device} was asked for, but torch sees no CUDA device; use cpu")
-    return chosen
 
 
 def _source(name: str, entry: EncoderEntry | None) -> str:

@@ -34,7 +34,7 @@ def publish(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync(path.parent)
     return size
 
 
@@ -59,9 +59,12 @@ def sweep(root: Path) -> int:
     return len(partials)
 
 
-def _sync_directory(directory: Path) -> None:
-    # A rename survives a power loss only once its directory has reached the disk.
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, has reached the disk.
+
+    A rename survives a power loss only once its directory has.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

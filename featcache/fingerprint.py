@@ -56,10 +56,30 @@ def weights_digest(model: nn.Module) -> str:
     return f"blake2b:{digest.hexdigest()}"
 
 
-def diff(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The fields that differ, as (dotted path, left value, right value); absent is None."""
-    a, b = dict(flatten(left)), dict(flatten(right))
-    return [(key, a.get(key), b.get(key)) for key in sorted(a | b) if a.get(key) != b.get(key)]
+def diff(left: Any, right: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two JSON-like values differ, as (dotted path, left value, right value).
+
+    In the order of `left`'s keys, then `right`'s. A list is compared as one value; a key that only
+    one side has is ABSENT on the other.
+    """
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return [
+            field
+            for key in [*left, *(key for key in right if key not in left)]
+            for field in diff(
+                left.get(key, ABSENT), right.get(key, ABSENT), f"{path}.{key}" if path else str(key)
+            )
+        ]
+    return [] if left == right else [(path, left, right)]
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+"""The value of a field that is not there."""
 
 
 def require_same(

@@ -33,6 +33,16 @@ class EncoderEntry:
         return self.num_patches * self.width * 2
 
 
+def same_encoder(a: str, b: str) -> bool:
+    """Whether two encoder names mean one checkpoint: a registered name equals its hub id."""
+
+    def hub_id(name: str) -> str:
+        entry = ENCODERS.get(name)
+        return (entry.hub_id if entry else None) or name
+
+    return hub_id(a) == hub_id(b)
+
+
 ENCODERS = {
     "siglip2-so400m": EncoderEntry(
         description="SigLIP 2 so400m, 384 px in patches of 14",

@@ -1,7 +1,7 @@
 """Token sequences and features -> one padded batch, read from the store ahead of its use.
 
-    B samples, I images in the batch, P patches, D encoder width, T longest sequence,
-    S visual slots in the batch, N supervised positions in the batch
+B samples, I images in the batch, P patches, D encoder width, T longest sequence,
+S visual slots in the batch, N supervised positions in the batch
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which samples a step sees: a pure function of the step, so resuming costs nothing.
 
-    n samples of the training split, G = batch_size * grad_accum * world samples per step
+n samples of the training split, G = batch_size * grad_accum * world samples per step
 """
 
 from __future__ import annotations

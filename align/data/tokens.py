@@ -1,6 +1,6 @@
 """Segments -> token ids, labels and slots, with the spans known while they are put together.
 
-    T sequence length, Q visual tokens per image
+T sequence length, Q visual tokens per image
 """
 
 from __future__ import annotations

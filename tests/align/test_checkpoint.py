@@ -78,9 +78,7 @@ def test_partly_written_ones_are_not_there(tmp_path: Path) -> None:
     assert [c.step for c in list_checkpoints(tmp_path)] == [2, 4, 6]
 
 
-def test_full_disk_keeps_the_last_good_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connector, optimizer = trained()
     save_checkpoint(tmp_path, 2, connector, optimizer, {})
 

@@ -39,8 +39,9 @@ def test_bfloat16_sums_in_fp32() -> None:
     logits = (hidden @ weight.T).float()
     assert loss.dtype == torch.float32
     assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(loss, F.cross_entropy(logits, targets, reduction="sum"), rtol=1e-6,
-                               atol=0)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits, targets, reduction="sum"), rtol=1e-6, atol=0
+    )
 
 
 def test_no_gradient_work_where_none_is_asked_for() -> None:

@@ -77,8 +77,13 @@ def stop_after(step: int) -> Callable[[Event], None]:
 
 def test_a_run_and_its_folder(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
     events: list[Event] = []
-    config = make_config("train.steps=20", "train.save_every=8", "train.sample_every=10",
-                         "train.samples=2", "eval.max_new_tokens=5")
+    config = make_config(
+        "train.steps=20",
+        "train.save_every=8",
+        "train.sample_every=10",
+        "train.samples=2",
+        "eval.max_new_tokens=5",
+    )
     result = train(config, [store.path], tmp_path / "run", on_event=events.append)
     steps = [e for e in events if isinstance(e, StepEvent)]
     evals = [e for e in events if isinstance(e, EvalEvent)]
@@ -155,9 +160,7 @@ def test_resume_is_bit_for_bit(
     assert not torn.exists() or stop == 1
 
 
-def test_killed_at_any_moment(
-    store: Store, make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_killed_at_any_moment(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
     """A process that is killed without warning again and again arrives at the same bytes."""
     config = make_config("train.steps=60", "connector.dropout=0.1", "train.save_every=5")
     train(config, [store.path], tmp_path / "whole")
@@ -168,8 +171,14 @@ def test_killed_at_any_moment(
         "from align.trainer import train\n"
         "train(load_config(sys.argv[1]), [sys.argv[2]], sys.argv[3], resume=True)\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "config.yaml"), str(store.path),
-               str(tmp_path / "killed")]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(tmp_path / "config.yaml"),
+        str(store.path),
+        str(tmp_path / "killed"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(Path(align.__file__).parents[1])}
     checkpoints = tmp_path / "killed/checkpoints"
     for kill in range(2):
@@ -250,9 +259,7 @@ def test_another_language_model_is_refused(
     assert "use llm.name=" in message
 
 
-def test_a_moved_run_and_store_load(
-    store: Store, make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_a_moved_run_and_store_load(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
     train(make_config(), [store.path], tmp_path / "run")
     moved_store = shutil.copytree(store.path, tmp_path / "moved.zarr")
     moved_run = (tmp_path / "run").rename(tmp_path / "elsewhere")
@@ -262,8 +269,14 @@ def test_a_moved_run_and_store_load(
 def test_a_loss_that_is_not_finite_stops(
     store: Store, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    config = make_config("optim.lr=1e30", "optim.clip=0", "train.log_every=50", "train.steps=9",
-                         "train.save_every=5", "train.eval_every=0")
+    config = make_config(
+        "optim.lr=1e30",
+        "optim.clip=0",
+        "train.log_every=50",
+        "train.steps=9",
+        "train.save_every=5",
+        "train.eval_every=0",
+    )
     with pytest.raises(AlignError, match=r"step \d: loss nan, .* its samples are s\d+, .*--resume"):
         train(config, [store.path], tmp_path / "run")
     assert list_checkpoints(tmp_path / "run/checkpoints") == []
@@ -278,8 +291,12 @@ def test_left_out_records_are_told_before_the_first_step(
     lines += [{"id": "gone", "images": ["gone.png"], "caption": "a ghost"}]
     data = jsonl(tmp_path / "data.jsonl", lines)
     events: list[Event] = []
-    train(make_config(f"data.files=[{data}]", "train.steps=1"), [store.path], tmp_path / "run",
-          on_event=events.append)
+    train(
+        make_config(f"data.files=[{data}]", "train.steps=1"),
+        [store.path],
+        tmp_path / "run",
+        on_event=events.append,
+    )
     assert isinstance(events[1], NoticeEvent)
     assert events[1].text == "left out 1 of 10 records: 1 image not in the store (gone)"
 
@@ -298,14 +315,11 @@ def test_samples_without_room_are_told_and_skipped(
     train(config, [store.path], tmp_path / "run", on_event=events.append)
     told = [e.text for e in events if isinstance(e, NoticeEvent) and "skipped" in e.text]
     assert told == [
-        "skipped so far: 1 its images and prompt alone fill "
-        f"data.max_length={one + 1} (pair)"
+        f"skipped so far: 1 its images and prompt alone fill data.max_length={one + 1} (pair)"
     ]
 
 
-def load_run_prompt_length(
-    make_config: MakeConfig, store: Store, folder: Path, data: Path
-) -> int:
+def load_run_prompt_length(make_config: MakeConfig, store: Store, folder: Path, data: Path) -> int:
     """Tokens before the answer of a one-image sample."""
     run = assemble(make_config(f"data.files=[{data}]"), [store.path], folder / "unused")
     record = next(s.record for s in run.splits.train if len(s.record.images) == 1)
@@ -321,7 +335,7 @@ def test_epochs_count_steps(store: Store, make_config: MakeConfig, tmp_path: Pat
     ("overrides", "message"),
     [
         (["features.layer=-7"], r"features.layer=-7: .* holds -2; extract it with --layer -7"),
-        (["train.device=warp9"], r"train.device=warp9: no such device"),
+        (["train.device=warp9"], r"unknown device 'warp9'; give auto"),
     ],
 )
 def test_clear_errors(
@@ -330,6 +344,16 @@ def test_clear_errors(
     with pytest.raises(ConfigError, match=message):
         train(make_config(*overrides), [store.path], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_another_encoder_than_the_recipes(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config("features.encoder=siglip2-so400m")
+    with pytest.raises(FingerprintMismatch, match="extract with --model siglip2-so400m, or set"):
+        train(config, [store.path], tmp_path / "run")
+    named = make_config(f"features.encoder={store.fingerprint['encoder']['name']}", "train.steps=1")
+    assert train(named, [store.path], tmp_path / "run").step == 1
 
 
 def test_two_stores_are_refused(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -143,9 +143,7 @@ def test_vocabulary_sized_logits_exist_for_supervised_positions_only(
     assert rows and max(rows) == batch.num_supervised < batch.input_ids.numel()
 
 
-def test_bf16_autocast_keeps_fp32_weights_and_gradients(
-    model: AlignModel, batch: Batch
-) -> None:
+def test_bf16_autocast_keeps_fp32_weights_and_gradients(model: AlignModel, batch: Batch) -> None:
     half = AlignModel(model.connector, model.llm, torch.bfloat16)
     exact = model(batch)[0].item()
     loss, _ = half(batch)

@@ -21,7 +21,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from featcache.encoders import load_encoder
 from featcache.errors import ConfigError, EncoderError
-from featcache.registry import ENCODERS
+from featcache.registry import ENCODERS, same_encoder
 
 
 def photographs(seed: int = 0) -> list[Image.Image]:
@@ -108,6 +108,11 @@ def test_the_registry_tells_the_truth_about_so400m() -> None:
     matrices = sum(p.numel() for p in model.encoder.parameters() if p.ndim == 2)
     attention = 27 * 2 * 729 * 729 * 1152
     assert 2 * (729 * matrices + attention) / 1e12 == pytest.approx(entry.tflop, rel=0.02)
+
+
+def test_a_registered_name_and_its_hub_id_are_one_encoder() -> None:
+    assert same_encoder("siglip2-so400m", "google/siglip2-so400m-patch14-384")
+    assert not same_encoder("siglip2-so400m", "tiny")
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data.jsonl").write_text("".join(lines))
     SiglipVisionModel(_siglip()).save_pretrained(root / "siglip")
     SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / "siglip")
-    extract(
-        ExtractOptions(str(root / "siglip"), (root / "data.jsonl",), root / "store.zarr", root)
-    )
+    extract(ExtractOptions(str(root / "siglip"), (root / "data.jsonl",), root / "store.zarr", root))
     return root
 
 

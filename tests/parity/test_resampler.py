@@ -79,9 +79,7 @@ def test_forward_and_gradients(extras: bool, images: int, patches: int, depth: i
     tokens = connector(features)
     tokens.square().sum().backward()
 
-    exact = {
-        name: p.detach().double().requires_grad_() for name, p in connector.named_parameters()
-    }
+    exact = {name: p.detach().double().requires_grad_() for name, p in connector.named_parameters()}
     expected = by_hand(exact, features.double(), 4, depth)
     expected.square().sum().backward()
     # One key leaves the attention nothing to choose: its gradients are then exactly 0 here and

@@ -50,18 +50,14 @@ def test_split_is_decided_by_seed_and_record_alone() -> None:
     out = {r.id for r, held in zip(some, mask, strict=True) if held}
     backwards = hold_out(some[::-1], 0.1, seed=0)
     assert {r.id for r, held in zip(some[::-1], backwards, strict=True) if held} == out
-    assert {
-        r.id for r, held in zip(some, hold_out(some, 0.1, seed=1), strict=True) if held
-    } != out
+    assert {r.id for r, held in zip(some, hold_out(some, 0.1, seed=1), strict=True) if held} != out
     fewer = some[:500] + some[501:]
     without = {r.id for r, held in zip(fewer, hold_out(fewer, 0.1, 0), strict=True) if held}
     assert len(out ^ without) <= 2
 
 
 def test_captions_of_one_image_stay_on_one_side() -> None:
-    some = [
-        Record(f"r{i}", (f"{i // 5}.png",), (Turn("gpt", "x"),), None, "") for i in range(1000)
-    ]
+    some = [Record(f"r{i}", (f"{i // 5}.png",), (Turn("gpt", "x"),), None, "") for i in range(1000)]
     mask = hold_out(some, 0.1, seed=0).reshape(200, 5)
     assert (mask.any(1) & ~mask.all(1)).sum() <= 1
 
@@ -122,8 +118,10 @@ def test_left_out_records_are_counted_with_reasons(world: Path, tmp_path: Path, 
     told = str(splits.left_out)
     assert "1 image not in the store (half)" in told
     assert "1 <image> in the answer (odd)" in told
-    assert any(reason.startswith("image ") and "torn" in ids for reason, ids in
-               splits.left_out.first.items()), told
+    assert any(
+        reason.startswith("image ") and "torn" in ids
+        for reason, ids in splits.left_out.first.items()
+    ), told
 
     with pytest.raises(DataError, match=r"none of 1 records can be trained on .*not in the store"):
         only = jsonl(tmp_path / "c.jsonl", [{"id": "x", "images": ["later.png"], "caption": "c"}])
