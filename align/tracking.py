@@ -127,4 +127,5 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line without a newline was cut short and is left out."""
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    # Not splitlines: captions may hold U+2028 and its like, which JSON leaves as they are.
+    return [json.loads(line) for line in whole.split("\n") if line]

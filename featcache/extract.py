@@ -63,7 +63,7 @@ class ExtractOptions:
 
 @dataclass(frozen=True, slots=True)
 class ExtractProgress:
-    """A snapshot for display.
+    """A snapshot for display; each stage begins with one of done = 0.
 
     stage: "scan" (hashing image files) or "encode". seconds: per stage of the pipeline, so far.
     """
@@ -118,6 +118,7 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
     info = _describe(encoder, codec, options, manifest)
     with _locked(options.out, create=not options.dry_run):
         plans = load_plans(options.out)
+        on_progress(ExtractProgress("scan", 0, len(keys)))
         status = Index.load(options.out, info).status if info.index else np.zeros(0, np.uint8)
         plan = plan_extraction(
             plans,
@@ -157,6 +158,7 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
                 info.fingerprint["compute"]["batch_size"],
                 options.workers,
             ) as work:
+                on_progress(ExtractProgress("encode", 0, new))
                 for done, failed in work.run(pending):
                     on_progress(ExtractProgress("encode", done, new, failed, work.seconds))
             try:

@@ -55,8 +55,9 @@ def test_what_an_extraction_reports(options: ExtractOptions) -> None:
         ok=True,
     )
     assert [(p.stage, p.done, p.total) for p in seen] == [
+        ("scan", 0, 10),
         ("scan", 10, 10),
-        *(("encode", done, 10) for done in (3, 4, 7, 8, 10)),
+        *(("encode", done, 10) for done in (0, 3, 4, 7, 8, 10)),
     ]
     assert set(seen[-1].seconds) == {"decode", "wait", "encode", "write"}
 
@@ -187,7 +188,7 @@ def test_a_file_that_changes_under_the_extraction_is_no_silent_mix(
     original = path.read_bytes()
 
     def swap(progress: ExtractProgress) -> None:
-        if progress.stage == "scan":
+        if (progress.stage, progress.done) == ("scan", 10):
             path.write_bytes((options.data[0] / "0000.png").read_bytes())
 
     assert extract(options, swap).failures == {"changed": 1}
