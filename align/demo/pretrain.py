@@ -26,7 +26,7 @@ from align.demo.language_model import copy_accuracy, save_language_model, train_
 from align.demo.tokenizer import save_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 512
-ENCODER_STEPS = 4000
+ENCODER_STEPS = 2600
 LANGUAGE_MODEL_STEPS = 2000
 _REPOSITORY = Path(__file__).parents[2]
 
