@@ -70,7 +70,7 @@ ENCODERS = {
         description="the tiny SigLIP shipped for the demo, 64 px in patches of 8",
         asset="siglip-tiny",
         num_patches=64,
-        width=128,
+        width=96,
         pixels=64,
         tflop=0.00006,
     ),

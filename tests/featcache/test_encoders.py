@@ -95,6 +95,16 @@ def test_random_weights_are_the_same_each_time_and_leave_the_global_generator_al
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def flops(config: SiglipVisionConfig) -> float:
+    """Of one image: 2 per weight of the blocks' matrices per patch, and both attention products."""
+    with torch.device("meta"):
+        model = SiglipVisionModel(config)
+    patches = (config.image_size // config.patch_size) ** 2
+    matrices = sum(p.numel() for p in model.encoder.parameters() if p.ndim == 2)
+    attention = config.num_hidden_layers * 2 * patches**2 * config.hidden_size
+    return 2.0 * (patches * matrices + attention)
+
+
 def test_the_registry_tells_the_truth_about_so400m() -> None:
     entry = ENCODERS["siglip2-so400m"]
     config = SiglipVisionConfig(**entry.architecture)
@@ -104,10 +114,14 @@ def test_the_registry_tells_the_truth_about_so400m() -> None:
     with torch.device("meta"):
         model = SiglipVisionModel(config)
     assert sum(p.numel() for p in model.parameters()) == 428_225_600
-    # 2 operations per weight of the matrices per patch, and the two attention products.
-    matrices = sum(p.numel() for p in model.encoder.parameters() if p.ndim == 2)
-    attention = 27 * 2 * 729 * 729 * 1152
-    assert 2 * (729 * matrices + attention) / 1e12 == pytest.approx(entry.tflop, rel=0.02)
+    assert flops(config) == pytest.approx(entry.tflop * 1e12, rel=0.02)
+
+
+def test_the_registry_tells_the_truth_about_the_shipped_encoder() -> None:
+    entry, encoder = ENCODERS["tiny"], load_encoder("tiny")
+    assert (entry.num_patches, entry.width) == (encoder.num_patches, encoder.width)
+    assert encoder.preprocessing.size == (entry.pixels, entry.pixels)
+    assert flops(encoder.config) == pytest.approx(entry.tflop * 1e12, rel=0.1)
 
 
 def test_a_registered_name_and_its_hub_id_are_one_encoder() -> None:
