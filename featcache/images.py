@@ -48,8 +48,11 @@ def decode(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
         raise ImageError("too_large", str(error)) from None
     except UnidentifiedImageError:
         raise ImageError("undecodable", "not an image format that Pillow knows") from None
-    # Pillow's plugins raise these on damaged files; which one depends on the format.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError) as error:
+    except (ImageError, MemoryError):
+        raise
+    # On damaged files Pillow's forty plugins raise whatever their parsers run into (struct.error,
+    # RuntimeError, NotImplementedError, ZeroDivisionError, ...); all of it means the same here.
+    except Exception as error:
         raise ImageError("undecodable", str(error) or type(error).__name__) from None
 
 
