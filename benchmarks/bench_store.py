@@ -95,7 +95,7 @@ def measure(path: Path, images: int, rounds: int, batches_per_round: int) -> lis
                 rates[name].append(BATCH * batches_per_round / seconds)
     ceiling = float(np.median(rates["memcpy, 1 thread"]))
     config = {
-        "images": images, "shape": [729, 1152], "dtype": "float16", "batch": BATCH,
+        "images": images, "shape": list(zarr.open_array(path / "features/-2", mode="r").shape[1:]), "dtype": "float16", "batch": BATCH,
         "batches": batches_per_round, "cache": "warm",
     }  # fmt: skip
     return [
