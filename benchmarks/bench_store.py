@@ -94,8 +94,9 @@ def measure(path: Path, images: int, rounds: int, batches_per_round: int) -> lis
             if round_number:  # the first round warms caches and buffers
                 rates[name].append(BATCH * batches_per_round / seconds)
     ceiling = float(np.median(rates["memcpy, 1 thread"]))
+    store = featcache.open(path)
     config = {
-        "images": images, "shape": list(zarr.open_array(path / "features/-2", mode="r").shape[1:]), "dtype": "float16", "batch": BATCH,
+        "images": images, "shape": [store.num_patches, store.width], "dtype": "float16", "batch": BATCH,
         "batches": batches_per_round, "cache": "warm",
     }  # fmt: skip
     return [
