@@ -96,9 +96,13 @@ def measure(path: Path, images: int, rounds: int, batches_per_round: int) -> lis
     ceiling = float(np.median(rates["memcpy, 1 thread"]))
     store = featcache.open(path)
     config = {
-        "images": images, "shape": [store.num_patches, store.width], "dtype": "float16", "batch": BATCH,
-        "batches": batches_per_round, "cache": "warm",
-    }  # fmt: skip
+        "images": images,
+        "shape": [store.num_patches, store.width],
+        "dtype": "float16",
+        "batch": BATCH,
+        "batches": batches_per_round,
+        "cache": "warm",
+    }
     return [
         results.row(name, "read", "images/s", values, ceiling=ceiling, config=config)
         for name, values in rates.items()
