@@ -9,6 +9,7 @@ RUN/eval/, RUN/report.html    written by `align eval` and `align report`
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -27,9 +28,10 @@ from align.config import RunConfig, diff_fields, load_config
 from align.connectors import build_connector
 from align.data.collate import Loader
 from align.data.dataset import DataSplits, build_splits
+from align.data.templates import answer
 from align.data.tokens import SampleEncoder
 from align.errors import CheckpointError, RunError
-from align.llm import load_llm
+from align.llm import SHIPPED, load_llm
 from align.vlm import AlignModel
 from featcache.device import resolve_device
 from featcache.errors import ConfigError, FingerprintMismatch
@@ -68,6 +70,11 @@ class RunFolder:
         """
         try:
             return dict(json.loads(self.info.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise RunError(
+                f"{self.path}: not a run's folder (it has no {self.info.name}); give the --out of "
+                "`align train`"
+            ) from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path}: not a run's folder: {self.info}: {error}") from error
 
@@ -95,6 +102,7 @@ class Run:
     step: int = 0
     checkpoint: Checkpoint | None = None
     _loaders: dict[str, Loader] = field(default_factory=dict, repr=False)
+    _data_digest: str | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> RunFolder:
@@ -126,11 +134,16 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run remembers besides weights, JSON-able.
 
-        `data` is a digest of the training samples' ids in their order.
+        `data` is a digest of the training samples in their order: ids, image keys and answers.
+        `precision` is what `train.precision` came to on the device.
         """
-        digest = xxhash.xxh3_64()
-        for sample in self.splits.train:
-            digest.update(f"{sample.record.id}\n".encode())
+        if self._data_digest is None:  # once: there may be half a million samples
+            digest = xxhash.xxh3_64()
+            for sample in self.splits.train:
+                record = sample.record
+                parts = [record.id, *record.images, answer(record)]
+                digest.update(json.dumps(parts).encode() + b"\n")
+            self._data_digest = digest.hexdigest()
         return {
             "store": self.store.fingerprint,
             "llm": self.model.llm.identity,
@@ -139,7 +152,8 @@ class Run:
                 "in_width": self.store.width,
                 "out_width": self.model.llm.hidden_size,
             },
-            "data": {"train": len(self.splits.train), "ids": digest.hexdigest()},
+            "precision": "fp32" if self.model.autocast is None else "bf16",
+            "data": {"train": len(self.splits.train), "digest": self._data_digest},
             "versions": versions(),
         }
 
@@ -249,6 +263,30 @@ def versions() -> dict[str, str]:
 def absolute(features: Sequence[Path | str]) -> list[str]:
     """Store paths as run.json keeps them: independent of the working directory."""
     return [os.fspath(Path(path).absolute()) for path in features]
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with paths that hold from any working directory, however they were written.
+
+    Of `llm.name` only one that is a folder: the others are names.
+    """
+
+    def absolute_path(path: str) -> str:
+        # Links are kept: a hub's cache links readable names to files named by their digest.
+        return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
+
+    data, llm = config.data, config.llm
+    is_folder = llm.name not in SHIPPED and Path(llm.name).expanduser().is_dir()
+    return dataclasses.replace(
+        config,
+        llm=dataclasses.replace(llm, name=absolute_path(llm.name)) if is_folder else llm,
+        data=dataclasses.replace(
+            data,
+            files=[absolute_path(path) for path in data.files],
+            val_files=[absolute_path(path) for path in data.val_files],
+            images=None if data.images is None else absolute_path(data.images),
+        ),
+    )
 
 
 def _check_encoder(config: RunConfig, store: Store) -> None:
