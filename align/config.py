@@ -168,7 +168,8 @@ def load_config(name_or_path: str | Path | None = None, overrides: Sequence[str]
             del given["connector"]
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(given, on_top))
-    except OmegaConfBaseException as error:
+    # TypeError: a file's list where the command line has a section, which OmegaConf does not name.
+    except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(f"{title}: {_one_line(error)}") from error
     assert isinstance(merged, dict)
 
