@@ -152,10 +152,30 @@ class Run:
                 "in_width": self.store.width,
                 "out_width": self.model.llm.hidden_size,
             },
+            "features": {
+                "layer": self.layer,
+                "dtype": str(self.store.dtype).removeprefix("torch."),
+            },
             "precision": "fp32" if self.model.autocast is None else "bf16",
             "data": {"train": len(self.splits.train), "digest": self._data_digest},
             "versions": versions(),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """What a trained run needs to say something about new images: neither its store nor its data.
+
+    store: fingerprint of the store that it was trained on. layer, dtype: of the features in it.
+    """
+
+    path: Path
+    config: RunConfig
+    model: AlignModel
+    encoder: SampleEncoder
+    store: dict[str, Any]
+    layer: str
+    dtype: torch.dtype
 
 
 def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> Run:
@@ -172,26 +192,34 @@ def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> R
     store = featcache.open(Path(features[0]))
     _check_encoder(config, store)
     layer = _layer(config, store)
-    device = resolve_device(config.train.device)
-    bf16 = _is_bf16(config, device)
-    llm = load_llm(config.llm, device, torch.bfloat16 if bf16 else torch.float32)
-    torch.manual_seed(config.train.seed)
-    connector = build_connector(config.connector, store.width, store.num_patches, llm.hidden_size)
+    model, encoder = _build(config, store.num_patches, store.width)
     return Run(
         path=path,
         config=config,
         store=store,
         layer=layer,
         splits=build_splits(config.data, config.template, store),
-        model=AlignModel(connector.to(device), llm, torch.bfloat16 if bf16 else None),
-        encoder=SampleEncoder(
-            llm.tokenizer,
-            config.template,
-            connector.num_tokens,
-            llm.image_token_id,
-            config.data.max_length,
-        ),
+        model=model,
+        encoder=encoder,
     )
+
+
+def _build(config: RunConfig, num_patches: int, in_width: int) -> tuple[AlignModel, SampleEncoder]:
+    """The language model with an untrained connector in front, and what writes its sequences."""
+    device = resolve_device(config.train.device)
+    bf16 = _is_bf16(config, device)
+    llm = load_llm(config.llm, device, torch.bfloat16 if bf16 else torch.float32)
+    torch.manual_seed(config.train.seed)
+    connector = build_connector(config.connector, in_width, num_patches, llm.hidden_size)
+    model = AlignModel(connector.to(device), llm, torch.bfloat16 if bf16 else None)
+    encoder = SampleEncoder(
+        llm.tokenizer,
+        config.template,
+        connector.num_tokens,
+        llm.image_token_id,
+        config.data.max_length,
+    )
+    return model, encoder
 
 
 def load_run(
@@ -221,6 +249,32 @@ def load_run(
     return run
 
 
+def load_speaker(path: Path | str, checkpoint: str = "last") -> Speaker:
+    """A trained run's connector and language model, in eval mode; its store may be gone.
+
+    Raises RunError and CheckpointError as `load_run` does.
+    """
+    folder = RunFolder(Path(path))
+    folder.read_info()
+    config = load_config(folder.config)
+    found = find_checkpoint(folder.checkpoints, checkpoint)
+    state = found.state()
+    widths, features = state["widths"], state["features"]
+    model, encoder = _build(config, widths["num_patches"], widths["in_width"])
+    _check_same_model(state, model, widths, found)
+    load_connector(found, model.connector)
+    model.eval()
+    return Speaker(
+        path=folder.path,
+        config=config,
+        model=model,
+        encoder=encoder,
+        store=state["store"],
+        layer=features["layer"],
+        dtype=getattr(torch, features["dtype"]),
+    )
+
+
 def restore(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
     """Puts a checkpoint's weights into an assembled run; returns its state.
 
@@ -235,11 +289,23 @@ def restore(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
         right_name=str(run.store.path),
         cure="use the store that the run was trained on, or extract with the same encoder",
     )
+    _check_same_model(state, run.model, run.identity()["widths"], checkpoint)
+    load_connector(checkpoint, run.model.connector)
+    run.step = checkpoint.step
+    run.checkpoint = checkpoint
+    return state
+
+
+def _check_same_model(
+    state: dict[str, Any], model: AlignModel, widths: dict[str, int], checkpoint: Checkpoint
+) -> None:
+    """Raises CheckpointError where the checkpoint's connector was trained for another model."""
+    widths = {**widths, "out_width": model.llm.hidden_size}
     changed = [
         line
         for line in diff_fields(
             {"llm": state["llm"], "widths": state["widths"]},
-            {"llm": run.model.llm.identity, "widths": run.identity()["widths"]},
+            {"llm": model.llm.identity, "widths": widths},
         )
         # A model may be reached by another name; the probe tells whether it is another model.
         if not line.startswith(("llm.name:", "llm.revision:"))
@@ -249,10 +315,6 @@ def restore(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.path}: trained with another model: {'; '.join(changed)}; "
             f"use llm.name={state['llm']['name']}"
         )
-    load_connector(checkpoint, run.model.connector)
-    run.step = checkpoint.step
-    run.checkpoint = checkpoint
-    return state
 
 
 def versions() -> dict[str, str]:

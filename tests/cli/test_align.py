@@ -213,6 +213,20 @@ def test_eval_of_a_run_without_checkpoint(demo: Path, tmp_path: Path, align: Ali
     assert done.err.count("\n") == 1
 
 
+def test_caption_needs_neither_store_nor_data(demo: Path, tmp_path: Path, align: Align) -> None:
+    image = demo / "data" / load_run(demo / "run").splits.val[0].record.images[0]
+    shutil.copy(image, tmp_path / "image.png")
+    run = shutil.copytree(demo / "run", tmp_path / "run")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(demo), "/nowhere"))
+    info = run / "run.json"
+    info.write_text(info.read_text().replace(str(demo), "/nowhere"))
+    there = align("caption", demo / "run", image, "--json")
+    here = align("caption", run, tmp_path / "image.png", "--json")
+    assert here.code == 0
+    assert here.document["captions"][0]["caption"] == there.document["captions"][0]["caption"]
+
+
 def test_caption_refuses_another_encoder(demo: Path, tmp_path: Path, align: Align) -> None:
     from transformers import SiglipModel
 
