@@ -259,6 +259,11 @@ def load_speaker(path: Path | str, checkpoint: str = "last") -> Speaker:
     config = load_config(folder.config)
     found = find_checkpoint(folder.checkpoints, checkpoint)
     state = found.state()
+    if "features" not in state:
+        raise CheckpointError(
+            f"{found.path}: does not say how its store keeps features, as it was written by an "
+            "earlier version; use `align eval`, or train again"
+        )
     widths, features = state["widths"], state["features"]
     model, encoder = _build(config, widths["num_patches"], widths["in_width"])
     _check_same_model(state, model, widths, found)
