@@ -5,7 +5,7 @@
 
 Each round reads the same random batches of 32 through every provider, in turn, from a warm page
 cache; figures are images/s over the rounds. The ceiling is one thread's memcpy of the same bytes
-into the same reused buffer, in the same round. Results: benchmarks/results/store.jsonl.
+into one reused buffer, in the same round. Results: benchmarks/results/store.jsonl.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def providers(path: Path, batches: list[np.ndarray]) -> dict[str, Callable[[], N
     store = featcache.open(path)
     out = np.empty((BATCH, store.num_patches, store.width), np.float16)
     with store.reader() as reader:
-        source = reader.read(np.arange(min(store.num_rows, 4 * BATCH))).numpy()
+        source = reader.read(np.arange(store.num_rows)).numpy()
     array = zarr.open_array(path / "features/-2", mode="r")
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/features/-2"}}
     tensor_array = tensorstore.open(spec).result()
 
     def memcpy() -> None:
         for rows in batches:
-            for i, row in enumerate(rows % len(source)):
+            for i, row in enumerate(rows):
                 out[i] = source[row]
 
     # As in training: a reader lives as long as the run and keeps its ring of buffers.
@@ -95,7 +95,7 @@ def measure(path: Path, images: int, rounds: int, batches_per_round: int) -> lis
                 rates[name].append(BATCH * batches_per_round / seconds)
     ceiling = float(np.median(rates["memcpy, 1 thread"]))
     config = {
-        "images": images, "shape": [729, 1152], "dtype": "float16", "batch": BATCH,
+        "images": images, "shape": list(zarr.open_array(path / "features/-2", mode="r").shape[1:]), "dtype": "float16", "batch": BATCH,
         "batches": batches_per_round, "cache": "warm",
     }  # fmt: skip
     return [

@@ -9,7 +9,8 @@ import numpy as np
 from featcache.codecs import get_codec
 from featcache.extract import prepare_store
 from featcache.images import digest
-from featcache.index import Plan, compile_index
+from featcache.index import compile_index
+from featcache.journal import Journal, Plan
 from featcache.layout import ShardGeometry, StoreInfo
 from featcache.writer import ShardBuffer
 
@@ -33,10 +34,12 @@ def write_store(
         generation=1,
         first_shard=0,
         shard_images=shard_images,
+        batch_size=1,
+        image_root=out,
         keys=keys,
         rows=np.arange(images),
-        new_digests=[digest(key.encode()) for key in keys],
         missing=[],
+        new_digests=[digest(key.encode()) for key in keys],
     )
     prepare_store(out, info, codec, [plan], plan)
     geometry = ShardGeometry(shard_images, num_patches * width * codec.itemsize)
@@ -49,5 +52,5 @@ def write_store(
             bits = rng.integers(0, 2**16, geometry.chunk_bytes // 2, dtype=np.uint16) & 0xBFFF
             buffer.set(slot, {"-2": bits.view(np.uint8)}, None, (640, 480))
         buffer.publish(out, b"\0\x7e")
-    compile_index(out, info)
+    compile_index(out, info, Journal.load(out))
     return out

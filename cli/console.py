@@ -10,7 +10,7 @@ is not 0:
     @click.argument("store", type=Path)
     def info(store: Path) -> Document:
         '''Shape, codec, encoder and failures of STORE.'''
-        from featcache.reader import open
+        import featcache
         ...
         console.table(["codec", "rows"], [["fp16", 4000]])
         return {"codec": "fp16", "rows": 4000}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +12,9 @@ from cli import console
 
 if TYPE_CHECKING:
     from featcache.extract import ExtractProgress, ExtractResult
+
+SHOWN_REASONS = 5
+"""Reasons for skipped records that are named, the commonest first; --json has all."""
 
 
 @console.command("extract", interrupted="nothing is lost: run the same command again to go on")
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
 @click.option("--codec", default="fp16", show_default=True, help="fp16 or bf16.")
 @click.option("--batch-size", default="auto", show_default=True, help="Images per forward.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
-@click.option("--shard-images", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--shard-images", type=click.IntRange(1), help="Rows a shard [the store's; 128 if new]."
+)
 @click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
 @click.option("--workers", type=click.IntRange(1), default=2, help="Decoding threads [2].")
 @click.option(
@@ -67,7 +71,7 @@ def extract(
     codec: str,
     batch_size: str,
     device: str,
-    shard_images: int,
+    shard_images: int | None,
     limit: int | None,
     workers: int,
     executor: str,
@@ -80,7 +84,10 @@ def extract(
     Run it again to go on after a stop, or with more data to append.
     """
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
-        raise click.BadParameter(f"{batch_size!r} is neither 'auto' nor a whole number above 0")
+        raise click.BadParameter(
+            f"{batch_size!r} is neither 'auto' nor a whole number above 0",
+            param_hint="--batch-size",
+        )
     console.say(f"loading {model}" + (" with RANDOM weights" if random_weights else ""))
     from featcache.extract import ExtractOptions
     from featcache.extract import extract as run
@@ -133,26 +140,31 @@ class ExtractDisplay:
         self._bar.update(progress.done, progress.total, **shown)
 
     def __enter__(self) -> ExtractDisplay:
-        self._start = time.monotonic()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._close()
+    def __exit__(self, *error: Any) -> None:
+        self._close(*error)
 
-    def _close(self) -> None:
+    def _close(self, *error: Any) -> None:
         if self._bar is not None:
-            self._bar.__exit__(None, None, None)
+            self._bar.__exit__(*(error or (None, None, None)))
             self._bar = None
 
 
 def _summary(dry_run: bool, result: ExtractResult) -> None:
-    if result.skipped_records:
-        console.say(f"{result.skipped_records:,} records were skipped as unusable")
+    by_count = sorted(result.skipped.items(), key=lambda item: -item[1][0])
+    for reason, (count, origin) in by_count[:SHOWN_REASONS]:
+        console.say(f"skipped {count:,}: {reason} (first: {origin})")
+    if len(by_count) > SHOWN_REASONS:
+        rest = sum(count for _, (count, _) in by_count[SHOWN_REASONS:])
+        console.say(f"skipped {rest:,} more, for {len(by_count) - SHOWN_REASONS:,} other reasons")
     if dry_run:
         console.say(
-            f"{result.images:,} images, {result.new:,} of them to encode: at most "
+            f"{result.images:,} images, {result.new:,} of them to encode: "
             f"{console.size(result.nbytes)}; {console.size(result.free_bytes)} are free"
         )
+        for reason, count in result.failures.items():
+            console.say(f"{count:,} cannot be read: {reason}")
         return
     console.say(
         f"{result.path}: {result.features:,} of {result.images:,} images have features "

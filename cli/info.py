@@ -16,10 +16,12 @@ def info(store: Path) -> console.Document:
     """Shape, codec, encoder, rows, failures and bytes of STORE."""
     import featcache
     from featcache.fingerprint import flatten
-    from featcache.store import progress
+    from featcache.journal import Journal
 
     opened = featcache.open(store)
-    done, planned = progress(store)
+    journal = Journal.load(store)
+    planned = journal.num_shards
+    done = planned - len(journal.pending)
     failures = Counter(failure.reason for failure in opened.failures())
     nbytes = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     shape = [opened.num_rows, opened.num_patches, opened.width]

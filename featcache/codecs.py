@@ -46,7 +46,7 @@ class Codec:
             value = float(peak[i])
             reasons[i] = (
                 f"overflow: the largest |feature| is {value:.4g}, beyond {self.name}'s "
-                f"{torch.finfo(self.dtype).max:.0f}; use --codec bf16"
+                f"{torch.finfo(self.dtype).max:.5g}" + "; use --codec bf16" * (self.name == "fp16")
                 if torch.isfinite(peak[i])
                 else "non_finite: the encoder gave NaN or infinity"
             )

@@ -1,10 +1,11 @@
 """Encoding pending shards: decode threads -> encoder -> codec -> shard buffer -> writer thread.
 
-The batches of a shard are fixed (its slots in order, `batch_size` at a time, never across
-shards), so an image is always computed in the same batch.
+The batches of a shard are fixed by its plan (its slots in order, `batch_size` at a time, never
+across shards), so an image is always computed in the same batch.
 
-RAM: `SHARDS_IN_MEMORY` shard buffers of every layer and `BATCHES_AHEAD` batches of uint8 pixels;
-645 MB and 28 MB for siglip2-so400m at 128 images a shard and batches of 16.
+RAM: `SHARDS_IN_MEMORY` shard buffers of every layer, `BATCHES_AHEAD` batches of uint8 pixels, and
+one decoded image a worker; 645 MB, 28 MB and 537 MB a worker at the most for siglip2-so400m at 128
+images a shard and batches of 16 (the last is Pillow's bomb limit; a 12 megapixel photo is 36 MB).
 
 Letters: B images of a batch, P patches, D encoder width.
 """
@@ -25,13 +26,14 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from featcache.codecs import Codec
 from featcache.encoders import Encoder
 from featcache.errors import ImageError
 from featcache.images import decode, digest, read_bytes
-from featcache.index import Plan
+from featcache.journal import Plan
 from featcache.layout import ShardGeometry, Status
 from featcache.writer import ShardBuffer
 
@@ -76,13 +78,14 @@ class ShardEncoder:
         codec: Codec,
         geometry: ShardGeometry,
         image_root: Path,
-        batch_size: int,
         workers: int,
     ) -> None:
+        """image_root: where to look first; then where the plan found its images."""
+        # Pillow loads its plugins on first need, which two threads may have at once.
+        Image.init()
         self._encoder = encoder
         self._codec = codec
         self._image_root = image_root
-        self._batch_size = batch_size
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="featcache-decode")
         pooled_bytes = encoder.width * codec.itemsize if encoder.model.use_head else 0
         buffers = [
@@ -150,33 +153,33 @@ class ShardEncoder:
         for each, shard in pending:
             if each is not plan:
                 plan = each
-                key_of_row = {
-                    row: key
-                    for key, row in zip(reversed(plan.keys), plan.rows[::-1].tolist(), strict=True)
-                }
+                rows = plan.rows.tolist()
+                # Of several keys for one image, the first: later ones are overwritten.
+                key_of_row = dict(zip(reversed(rows), reversed(plan.keys), strict=True))
+            roots = tuple(dict.fromkeys((self._image_root, plan.image_root)))
             digests = plan.digests_of(shard)
             first_row = shard * plan.shard_images
-            for first in range(0, len(digests), self._batch_size):
-                part = digests[first : first + self._batch_size]
+            for first in range(0, len(digests), plan.batch_size):
+                part = digests[first : first + plan.batch_size]
                 yield _Batch(
                     shard,
                     first,
                     [
-                        self._pool.submit(self._load, key_of_row[first_row + first + i], expected)
+                        self._pool.submit(
+                            self._load, roots, key_of_row[first_row + first + i], expected
+                        )
                         for i, expected in enumerate(part)
                     ],
                     last=first + len(part) == len(digests),
                 )
 
-    def _load(self, key: str, expected: bytes) -> _Loaded:
+    def _load(self, roots: Sequence[Path], key: str, expected: bytes) -> _Loaded:
         """Read, check, decode and resize one image; runs on a decode thread."""
         start = time.perf_counter()
         size = (0, 0)
         pixels, status, detail = None, Status.OK, ""
         try:
-            data = read_bytes(self._image_root / key)
-            if digest(data) != expected:
-                raise ImageError("changed", "its bytes changed after the scan; extract again")
+            data = _find(roots, key, expected)
             image, size = decode(data)
             pixels = self._encoder.preprocess(image)
         except ImageError as error:
@@ -222,6 +225,24 @@ class ShardEncoder:
                 first + i, features, pooled[j] if pooled is not None else None, loaded[i].size
             )
         return failed
+
+
+def _find(roots: Sequence[Path], key: str, expected: bytes) -> bytes:
+    """The bytes of the planned image below the first root that holds it.
+
+    Raises ImageError: "changed" where the bytes are others than planned, or as `read_bytes`.
+    """
+    for root in roots[:-1]:
+        try:
+            data = read_bytes(root / key)
+        except ImageError:
+            continue
+        if digest(data) == expected:
+            return data
+    data = read_bytes(roots[-1] / key)
+    if digest(data) != expected:
+        raise ImageError("changed", "its bytes changed after the scan; extract again")
+    return data
 
 
 class _ShardWriter:

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -123,6 +125,12 @@ class Encoder:
     def __post_init__(self) -> None:
         self._table = self.preprocessing.normalisation_table().to(self.device)
         depth = self.config.num_hidden_layers
+        side = self.config.image_size
+        if self.preprocessing.size != (side, side):
+            raise EncoderError(
+                f"{self.name} takes {side} x {side} pixels, its image processor makes "
+                f"{' x '.join(map(str, self.preprocessing.size))}; mend preprocessor_config.json"
+            )
         for layer in self.layers:
             number = re.fullmatch(r"-?\d+", layer)
             if layer != "last" and not (number and -depth - 1 <= int(layer) <= depth):
@@ -238,7 +246,7 @@ def _read_checkpoint(name: str, source: str) -> tuple[SiglipVisionConfig, Siglip
     try:
         config = AutoConfig.from_pretrained(source)
         processor = SiglipImageProcessorPil.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise EncoderError(
             f"cannot load the encoder {name!r} from {source}: {_first_line(error)}; check the name "
             "and the network, or give the folder of a downloaded checkpoint"
@@ -267,7 +275,7 @@ def _load_model(name: str, source: str, config: SiglipVisionConfig) -> SiglipVis
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise EncoderError(
             f"cannot load the weights of {name!r} from {source}: {_first_line(error)}"
         ) from None

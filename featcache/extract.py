@@ -3,8 +3,8 @@
 What decides the bytes of a shard is fixed before work starts (the plan, and the batch
 boundaries within each shard), so they do not depend on kills, reruns or the number of workers.
 
-RAM: what featcache/encode.py states, whatever the number of images, and about 150 bytes an image
-for the plan.
+RAM: what featcache/encode.py states, and about 2 KB a record while the data files are read and
+planned: 1 GB for 558K images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,18 @@ import numpy as np
 from featcache.codecs import Codec, get_codec
 from featcache.encode import ShardEncoder
 from featcache.encoders import Encoder, load_encoder
-from featcache.errors import StoreError
+from featcache.errors import ConfigError, CorruptStoreError, ManifestError, StoreError
 from featcache.files import publish_json, sweep
 from featcache.fingerprint import fingerprint, require_same
-from featcache.index import Index, Plan, compile_index, load_plans, write_group
+from featcache.index import Index, compile_index, write_group
+from featcache.journal import Journal, Plan, merge, num_rows
 from featcache.layout import ShardGeometry, Status, StoreInfo, array_metadata, features_path
 from featcache.manifests import Manifest, read_manifest
 from featcache.planning import plan_extraction
-from featcache.writer import Commit, write_error
+from featcache.writer import write_error
 
 DEFAULT_BATCH_SIZE = {"cuda": 64, "cpu": 16}
+DEFAULT_SHARD_IMAGES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ class ExtractOptions:
 
     model: registered name, hub id or folder. data, image_root: see `read_manifest`.
     layers: stored outputs, see `Encoder`. batch_size: images per forward; None chooses by device.
-    shard_images: rows a shard. workers: decoding threads. limit: only the first images.
+    shard_images: rows a shard; None takes the store's, 128 for a new one. workers: decoding
+    threads. limit: only the first images.
     max_failures: ratio of images without features above which the result is not ok.
     """
 
@@ -53,7 +56,7 @@ class ExtractOptions:
     codec: str = "fp16"
     batch_size: int | None = None
     device: str = "cpu"
-    shard_images: int = 128
+    shard_images: int | None = None
     workers: int = 2
     limit: int | None = None
     max_failures: float = 0.01
@@ -79,8 +82,10 @@ class ExtractProgress:
 class ExtractResult:
     """What an extraction came to.
 
-    images: distinct image keys of the data; features: those with features; new: images encoded by
-    this run; failures: {reason: count}; nbytes: of the store's features for all planned rows.
+    images: distinct image keys of the data; features: those with features (in a dry run, those
+    whose file can be read); new: images encoded by this run; failures: {reason: count};
+    skipped: {reason: (count, the first one's file and line)} of records that cannot be used;
+    nbytes: of the features that this run adds; free_bytes: at `path`, before it.
     ok: the failures are within what was allowed, and none is an overflow of the codec.
     """
 
@@ -89,7 +94,7 @@ class ExtractResult:
     features: int
     new: int
     failures: dict[str, int]
-    skipped_records: int
+    skipped: dict[str, tuple[int, str]]
     nbytes: int
     free_bytes: int
     seconds: float
@@ -109,88 +114,108 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
     codec = get_codec(options.codec)
     manifest = read_manifest(options.data, options.image_root)
     keys = manifest.image_keys()[: options.limit]
+    if not keys:
+        raise ManifestError(f"{manifest.files[0]}: no record names an image; nothing to extract")
+    # Only the keys are needed from here on; 558K records with their texts are 1 GB.
+    manifest.records.clear()
     encoder = load_encoder(
         options.model,
         layers=options.layers,
         device=options.device,
         random_weights=options.random_weights,
     )
+    try:
+        _require_ours(options.out)
+        with _locked(options.out, create=not options.dry_run):
+            result = _update(options, encoder, codec, manifest, keys, on_progress)
+    except OSError as error:
+        raise write_error(options.out, error) from error
+    return replace(result, seconds=time.monotonic() - start)
+
+
+def _update(
+    options: ExtractOptions,
+    encoder: Encoder,
+    codec: Codec,
+    manifest: Manifest,
+    keys: list[str],
+    on_progress: OnProgress,
+) -> ExtractResult:
+    """Plan, encode and commit into a locked store; in a dry run only plan. Raises as `extract`."""
+    out, root = options.out, manifest.image_root.absolute()
     info = _describe(encoder, codec, options, manifest)
-    with _locked(options.out, create=not options.dry_run):
-        plans = load_plans(options.out)
-        on_progress(ExtractProgress("scan", 0, len(keys)))
-        status = Index.load(options.out, info).status if info.index else np.zeros(0, np.uint8)
-        plan = plan_extraction(
-            plans,
-            status,
-            keys,
-            manifest.image_root,
-            options.shard_images,
-            options.workers,
-            lambda done: on_progress(ExtractProgress("scan", done, len(keys))),
-        )
-        plans = [*plans, plan] if plan else plans
-        pending = [
-            (each, shard)
-            for each in plans
-            for shard in each.shards
-            if Commit.load(options.out, shard) is None
-        ]
-        geometry = ShardGeometry(
-            options.shard_images, info.num_patches * info.width * codec.itemsize
-        )
-        shard_bytes = geometry.images * geometry.pitch_bytes + geometry.index_bytes
-        needed = len(pending) * shard_bytes * len(info.layers)
-        free = _require_space(options, needed)
-        new = sum(len(each.digests_of(shard)) for each, shard in pending)
-        failures: Counter[str] = Counter()
-        if not options.dry_run:
-            try:
-                prepare_store(options.out, info, codec, plans, plan)
-            except OSError as error:
-                raise write_error(options.out, error) from error
-            with ShardEncoder(
-                options.out,
-                encoder,
-                codec,
-                geometry,
-                manifest.image_root,
-                info.fingerprint["compute"]["batch_size"],
-                options.workers,
-            ) as work:
+    journal = Journal.load(out)
+    on_progress(ExtractProgress("scan", 0, len(keys)))
+    plan = plan_extraction(
+        journal,
+        keys,
+        root,
+        info.shard_images,
+        options.batch_size or DEFAULT_BATCH_SIZE[encoder.device.type],
+        options.workers,
+        lambda done: on_progress(ExtractProgress("scan", done, len(keys))),
+    )
+    plans, pending = list(journal.plans), list(journal.pending)
+    if plan:
+        plans.append(plan)
+        pending += [(plan, shard) for shard in plan.shards]
+    new = sum(len(each.digests_of(shard)) for each, shard in pending)
+    geometry = ShardGeometry(
+        info.shard_images, encoder.num_patches * encoder.width * codec.itemsize
+    )
+    nbytes = len(info.layers) * (new * geometry.pitch_bytes + len(pending) * geometry.index_bytes)
+    free_bytes = _require_space(options, nbytes)
+
+    if options.dry_run:
+        missing = merge(plans)[1]
+        failures = Counter(missing[key].reason for key in keys if key in missing)
+    else:
+        if plan or pending or not _index_is_current(out, info, journal):
+            prepare_store(out, info, codec, plans, plan)
+            with ShardEncoder(out, encoder, codec, geometry, root, options.workers) as work:
                 on_progress(ExtractProgress("encode", 0, new))
                 for done, failed in work.run(pending):
                     on_progress(ExtractProgress("encode", done, new, failed, work.seconds))
-            try:
-                compile_index(options.out, info)
-            except OSError as error:
-                raise write_error(options.out, error) from error
-            index = Index.load(options.out, info)
-            rows = index.find(keys)
-            failures = Counter(
-                index.failures[key].reason for key, row in zip(keys, rows, strict=True) if row < 0
-            )
+            compile_index(out, info, Journal.load(out))
+        else:
+            info.save(out)
+        index = Index.load(out, info)
+        rows = zip(keys, index.find(keys).tolist(), strict=True)
+        failures = Counter(index.failures[key].reason for key, row in rows if row < 0)
     failed = sum(failures.values())
+    skipped = Counter(record.reason for record in manifest.skipped)
+    first = {record.reason: record.origin for record in reversed(manifest.skipped)}
     return ExtractResult(
-        path=options.out,
+        path=out,
         images=len(keys),
         features=len(keys) - failed,
         new=new,
         failures=dict(failures),
-        skipped_records=len(manifest.skipped),
-        nbytes=needed,
-        free_bytes=free,
-        seconds=time.monotonic() - start,
+        skipped={reason: (count, first[reason]) for reason, count in skipped.items()},
+        nbytes=nbytes,
+        free_bytes=free_bytes,
+        seconds=0.0,
         ok=failed <= options.max_failures * len(keys) and not failures[Status.OVERFLOW.reason],
     )
+
+
+def _require_ours(out: Path) -> None:
+    """Raises StoreError where `out` is something else than a store, whole or begun."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise StoreError(f"{out} is a file; choose another --out")
+    ours = (out / "zarr.json").exists() or (out / "journal" / "lock").exists()
+    if not ours and any(out.iterdir()):
+        raise StoreError(f"{out} exists and is no feature store; choose another --out or remove it")
 
 
 def _describe(
     encoder: Encoder, codec: Codec, options: ExtractOptions, manifest: Manifest
 ) -> StoreInfo:
-    """The description of the store to be, checked against the one that is there.
+    """The description of the store to be: that of the one there, where it is of the same making.
 
-    Raises StoreError, FingerprintMismatch.
+    Raises StoreError, FingerprintMismatch, ConfigError.
     """
     info = StoreInfo(
         fingerprint=fingerprint(encoder),
@@ -198,43 +223,49 @@ def _describe(
         layers=list(encoder.layers),
         num_patches=encoder.num_patches,
         width=encoder.width,
-        shard_images=options.shard_images,
+        shard_images=options.shard_images or DEFAULT_SHARD_IMAGES,
         pooled=encoder.model.use_head,
-        source={
-            "data": [str(path.absolute()) for path in manifest.files],
-            "images": str(manifest.image_root.absolute()),
-        },
     )
-    compute = info.fingerprint["compute"]
-    compute["batch_size"] = options.batch_size or DEFAULT_BATCH_SIZE[encoder.device.type]
-    if not (options.out / "zarr.json").exists():
-        if options.out.exists() and any(
-            path for path in options.out.iterdir() if path.name != "journal"
-        ):
-            raise StoreError(
-                f"{options.out} exists and is no feature store; choose another --out or remove it"
+    if (options.out / "zarr.json").exists():
+        there = StoreInfo.load(options.out)
+        require_same(
+            {**there.fingerprint, "codec": there.codec},
+            {**info.fingerprint, "codec": info.codec},
+            left_name=str(options.out),
+            right_name="this command",
+            cure="choose another --out, or the options that the store was made with",
+        )
+        if options.shard_images not in (None, there.shard_images):
+            raise ConfigError(
+                f"{options.out} has {there.shard_images} images a shard, not "
+                f"{options.shard_images}; leave --shard-images out"
             )
-        return info
-    there = StoreInfo.load(options.out)
-    if options.batch_size is None:
-        # The last bits of a feature may depend on the batch it was computed in.
-        compute["batch_size"] = there.fingerprint["compute"]["batch_size"]
-    require_same(
-        {**there.fingerprint, "codec": there.codec},
-        {**info.fingerprint, "codec": info.codec},
-        left_name=str(options.out),
-        right_name="this command",
-        cure="choose another --out, or the options that the store was made with",
-    )
-    info.index = there.index
+        info = there
+    info.source = {
+        "data": [str(path.absolute()) for path in manifest.files],
+        "images": str(manifest.image_root.absolute()),
+    }
     return info
+
+
+def _index_is_current(root: Path, info: StoreInfo, journal: Journal) -> bool:
+    """Whether the index says what the journal says: a run may have been stopped between its last
+    commit record and the index, or the index may be damaged."""
+    if info.index is None or info.generation != max(plan.generation for plan in journal.plans):
+        return False
+    try:
+        return np.array_equal(Index.load(root, info).status, journal.status)
+    except CorruptStoreError:
+        return False
 
 
 def prepare_store(
     root: Path, info: StoreInfo, codec: Codec, plans: Sequence[Plan], new: Plan | None
 ) -> None:
-    """Everything that must be in place before the first shard: metadata, then the plan."""
-    rows = max(plan.end_row for plan in plans)
+    """Everything that must be in place before the first shard. The root's metadata come first:
+    by them a begun store is known as one. The plan comes last. Raises OSError."""
+    info.save(root)
+    rows = num_rows(plans)
     shards = -(-rows // info.shard_images)
     image = (info.num_patches, info.width)
     write_group(root / "features")
@@ -258,7 +289,6 @@ def prepare_store(
         publish_json(root / "pooled" / "zarr.json", metadata)
     journal = array_metadata((shards,), "uint8", chunk=(max(1, shards),))
     publish_json(root / "journal" / "zarr.json", journal)
-    info.save(root)
     if new:
         new.save(root)
 
@@ -287,12 +317,8 @@ def _locked(root: Path, *, create: bool) -> Iterator[None]:
         yield
         return
     journal = root / "journal"
-    try:
-        journal.mkdir(parents=True, exist_ok=True)
-        lock = (journal / "lock").open("w")
-    except OSError as error:
-        raise write_error(root, error) from error
-    with lock:
+    journal.mkdir(parents=True, exist_ok=True)
+    with (journal / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

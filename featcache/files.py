@@ -20,6 +20,9 @@ def publish(path: Path, parts: Iterable[bytes | memoryview]) -> int:
 
     Raises OSError as the file system gives it (ENOSPC, EACCES, ...); `path` is then untouched.
     """
+    unsynced = [path.parent]
+    while not unsynced[-1].exists():
+        unsynced.append(unsynced[-1].parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
     try:
@@ -34,7 +37,8 @@ def publish(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    for directory in unsynced:
+        sync(directory)
     return size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
     from featcache.encoders import Encoder
 
-HARMLESS = ("versions", "encoder.name", "compute.batch_size")
+HARMLESS = ("versions", "encoder.name", "encoder.revision")
 """Fields whose difference alone does not make features differ by more than rounding: library
-versions (parity with Hugging Face is tested across the supported ones), the alias by which the
-encoder was named, and the batch that an image was computed in."""
+versions (parity with Hugging Face is tested across the supported ones), and by which name the
+encoder was reached: the digest of its weights decides."""
 
 
 def fingerprint(encoder: Encoder) -> dict[str, Any]:
@@ -40,11 +41,15 @@ def fingerprint(encoder: Encoder) -> dict[str, Any]:
             "device": encoder.device.type,
             "attention": encoder.config._attn_implementation,
         },
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("torch", "transformers", "pillow", "numpy")
-        },
+        "versions": versions(),
     }
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of the libraries that a feature depends on."""
+    packages = ("torch", "transformers", "pillow", "numpy")
+    return {package: importlib.metadata.version(package) for package in packages}
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,16 +1,13 @@
 """What is where in a store: image keys to rows, rows to bytes, and why an image has none.
 
-Two layers of truth: the *journal* (plans written before work, commit records after each shard)
-and the *index* compiled from it when an extraction finishes. The index is a cache of the journal,
-in plain arrays that are mapped, not parsed.
+The index is compiled from the journal (featcache/journal.py) when an extraction finishes: plain
+arrays that are mapped, not parsed.
 
 Letters: K keys, R rows.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,98 +19,17 @@ import xxhash
 
 from featcache import layout
 from featcache.errors import CorruptStoreError
-from featcache.files import publish, publish_json
+from featcache.files import publish_json
+from featcache.journal import (
+    DIGEST_BYTES,
+    Commit,
+    Failure,
+    Journal,
+    merge,
+    pack_failures,
+    unpack_failures,
+)
 from featcache.layout import Status, StoreInfo, read_array, write_array
-from featcache.writer import Commit
-
-DIGEST_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An image without features. reason: a `Status` in lower case. detail: what exactly."""
-
-    key: str
-    reason: str
-    detail: str
-
-
-@dataclass(slots=True)
-class Plan:
-    """One generation of planned work, fixed before it starts.
-
-    generation: counts the extractions that added something, from 1.
-    first_shard: its first shard; it owns `num_shards` from there.
-    keys: every image key known after this generation. rows: its row, or -1 where it has none.
-    new_rows, new_digests: the rows this generation adds and the digests of their images.
-    missing: keys without a readable file.
-    """
-
-    generation: int
-    first_shard: int
-    shard_images: int
-    keys: list[str]
-    rows: np.ndarray[Any, Any]
-    new_digests: list[bytes]
-    missing: list[Failure]
-
-    @property
-    def num_shards(self) -> int:
-        return -(-len(self.new_digests) // self.shard_images)
-
-    @property
-    def first_row(self) -> int:
-        return self.first_shard * self.shard_images
-
-    @property
-    def end_row(self) -> int:
-        return self.first_row + len(self.new_digests)
-
-    @property
-    def shards(self) -> range:
-        return range(self.first_shard, self.first_shard + self.num_shards)
-
-    def digests_of(self, shard: int) -> list[bytes]:
-        start = (shard - self.first_shard) * self.shard_images
-        return self.new_digests[start : start + self.shard_images]
-
-    def save(self, root: Path) -> None:
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            head=np.array([self.generation, self.first_shard, self.shard_images], np.int64),
-            keys=_text(self.keys),
-            rows=self.rows,
-            digests=np.frombuffer(b"".join(self.new_digests), np.uint8),
-            missing=_text([json.dumps([f.key, f.reason, f.detail]) for f in self.missing]),
-        )
-        publish(root / layout.plan_path(self.generation), [buffer.getbuffer()])
-
-    @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Raises CorruptStoreError."""
-        try:
-            with np.load(path) as data:
-                generation, first_shard, shard_images = map(int, data["head"])
-                flat = data["digests"].tobytes()
-                return cls(
-                    generation,
-                    first_shard,
-                    shard_images,
-                    _lines(data["keys"]),
-                    data["rows"],
-                    [flat[i : i + DIGEST_BYTES] for i in range(0, len(flat), DIGEST_BYTES)],
-                    [Failure(*json.loads(line)) for line in _lines(data["missing"])],
-                )
-        except (OSError, ValueError, KeyError) as error:
-            raise CorruptStoreError(
-                f"{path} is damaged ({error}); delete the store and extract again"
-            ) from None
-
-
-def load_plans(root: Path) -> list[Plan]:
-    """Every plan of the store, oldest first. Raises CorruptStoreError."""
-    return [Plan.load(path) for path in sorted((root / "journal").glob("plan-*.npz"))]
 
 
 @dataclass(slots=True)
@@ -178,10 +94,7 @@ class Index:
             chunks={layer: read_array(base / "chunks" / layer) for layer in info.layers},
             checksums={layer: read_array(base / "checksums" / layer) for layer in info.layers},
             failures={
-                failure.key: failure
-                for failure in (
-                    Failure(*json.loads(line)) for line in _lines(read_array(base / "failures"))
-                )
+                failure.key: failure for failure in unpack_failures(read_array(base / "failures"))
             },
         )
 
@@ -189,75 +102,78 @@ class Index:
 _PLAIN = ("key_hash", "key_bytes", "key_ends", "key_rows", "digests", "status", "sizes")
 
 
-def compile_index(root: Path, info: StoreInfo) -> None:
-    """Compile the journal into a new index and make it the valid one, atomically.
+def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
+    """Compile a journal without pending shards into a new index and make it the valid one.
 
-    Every planned shard must be committed. The previous index stays valid until the root
-    attributes are replaced; it is removed afterwards.
-    Raises CorruptStoreError for a shard whose bytes contradict its commit record, OSError.
+    The new index is written beside the old one, which stays valid until the root attributes are
+    replaced in one go and is removed afterwards.
+    Raises CorruptStoreError for a shard whose index does not match its crc32c, OSError.
     """
-    plans = load_plans(root)
-    latest = plans[-1]
-    rows = latest.end_row if latest.new_digests else max(plan.end_row for plan in plans)
-    status = np.full(rows, Status.UNUSED, np.uint8)
+    assert not journal.pending
+    rows = len(journal.status)
     sizes = np.zeros((rows, 2), np.int32)
     digests = np.zeros((rows, DIGEST_BYTES), np.uint8)
     chunks = {layer: np.full((rows, 2), layout.MISSING, np.uint64) for layer in info.layers}
     checksums = {layer: np.zeros(rows, np.uint64) for layer in info.layers}
     details: dict[int, str] = {}
-    for plan in plans:
-        if plan.new_digests:
-            digests[plan.first_row : plan.end_row] = np.frombuffer(
-                b"".join(plan.new_digests), np.uint8
-            ).reshape(-1, DIGEST_BYTES)
+    for plan in journal.plans:
         for shard in plan.shards:
             commit = Commit.load(root, shard)
-            assert commit is not None, f"shard {shard} is not committed"
+            assert commit is not None
             first = shard * plan.shard_images
-            count = min(plan.shard_images, plan.end_row - first)
-            for slot, record in enumerate(commit.rows[:count]):
-                row = first + slot
-                status[row], sizes[row] = record.status, record.size
+            here = slice(first, min(first + plan.shard_images, plan.end_row))
+            flat = np.frombuffer(b"".join(plan.digests_of(shard)), np.uint8)
+            digests[here] = flat.reshape(-1, DIGEST_BYTES)
+            for row, record in zip(range(here.start, here.stop), commit.rows, strict=False):
+                sizes[row] = record.size
                 if record.status != Status.OK:
                     details[row] = record.detail
                 for layer, checksum in record.checksums.items():
                     checksums[layer][row] = checksum
             for layer in info.layers:
                 table = read_shard_index(root / layout.shard_path(layer, shard), info.shard_images)
-                chunks[layer][first : first + count] = table[:count]
-    failures = list(latest.missing)
-    for key, row in zip(latest.keys, latest.rows.tolist(), strict=True):
-        if row >= 0 and status[row] != Status.OK:
-            failures.append(Failure(key, Status(status[row]).reason, details[row]))
+                chunks[layer][here] = table[: here.stop - here.start]
 
-    encoded = [key.encode() for key in latest.keys]
+    row_of_key, missing = merge(journal.plans)
+    failures = [
+        missing[key] if row < 0 else Failure(key, Status(journal.status[row]).reason, details[row])
+        for key, row in row_of_key.items()
+        if row < 0 or journal.status[row] != Status.OK
+    ]
+    encoded = [key.encode() for key in row_of_key]
     hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, encoded), np.uint64, len(encoded))
     order = np.argsort(hashes, kind="stable")
     ordered = [encoded[i] for i in order.tolist()]
-    generation = f"index/{latest.generation:08d}"
-    base = root / generation
-    shutil.rmtree(base, ignore_errors=True)
     arrays: dict[str, np.ndarray[Any, Any]] = {
         "key_hash": hashes[order],
         "key_bytes": np.frombuffer(b"".join(ordered), np.uint8),
         "key_ends": np.cumsum([len(key) for key in ordered], dtype=np.uint64),
-        "key_rows": latest.rows[order].astype(np.int64),
+        "key_rows": np.fromiter(row_of_key.values(), np.int64, len(row_of_key))[order],
         "digests": digests,
-        "status": status,
+        "status": journal.status,
         "sizes": sizes,
-        "failures": _text([json.dumps([f.key, f.reason, f.detail]) for f in failures]),
+        "failures": pack_failures(failures),
         **{f"chunks/{layer}": table for layer, table in chunks.items()},
         **{f"checksums/{layer}": sums for layer, sums in checksums.items()},
     }
-    for name, values in arrays.items():
-        write_array(base / name, values)
-    for group in ("index", generation, f"{generation}/chunks", f"{generation}/checksums"):
+    name = _next_name(root)
+    base = root / name
+    for path, values in arrays.items():
+        write_array(base / path, values)
+    for group in ("index", name, f"{name}/chunks", f"{name}/checksums"):
         write_group(root / group)
-    info.index = generation
+    info.index = name
+    info.generation = journal.plans[-1].generation
     info.save(root)
     for old in (root / "index").iterdir():
         if old.is_dir() and old != base:
             shutil.rmtree(old)
+
+
+def _next_name(root: Path) -> str:
+    """A folder below `index` that was never the valid one and does not exist."""
+    taken = [int(path.name) for path in (root / "index").glob("[0-9]*")]
+    return f"index/{max(taken, default=0) + 1:08d}"
 
 
 def read_shard_index(path: Path, images: int) -> np.ndarray[Any, Any]:
@@ -269,28 +185,9 @@ def read_shard_index(path: Path, images: int) -> np.ndarray[Any, Any]:
             return layout.decode_shard_index(file.read(length), path)
     except OSError as error:
         raise CorruptStoreError(
-            f"{path} cannot be read ({error.strerror}); delete its commit record in journal/ and "
-            "rerun `featcache extract`"
+            f"{path} cannot be read ({error.strerror}); rerun `featcache extract` to write it again"
         ) from None
 
 
 def write_group(path: Path) -> None:
     publish_json(path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
-
-
-def _text(lines: Sequence[str]) -> np.ndarray[Any, Any]:
-    """Strings as uint8: their count, their lengths, their UTF-8 bytes (keys may hold newlines)."""
-    encoded = [line.encode() for line in lines]
-    head = np.array([len(encoded), *map(len, encoded)], "<u8").tobytes()
-    return np.frombuffer(head + b"".join(encoded), np.uint8)
-
-
-def _lines(values: np.ndarray[Any, Any]) -> list[str]:
-    raw = values.tobytes()
-    count = int.from_bytes(raw[:8], "little")
-    lengths = np.frombuffer(raw, "<u8", count, 8).tolist()
-    lines, at = [], 8 * (count + 1)
-    for length in lengths:
-        lines.append(raw[at : at + length].decode())
-        at += length
-    return lines

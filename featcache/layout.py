@@ -5,7 +5,7 @@
       features/<layer>/zarr.json       (rows, P, D); one image an inner chunk, one shard a file
       features/<layer>/c/<shard>/0/0
       pooled/c/<shard>/0               (rows, D); the encoder's pooled output, where it has one
-      index/<generation>/<array>/c/0   what is where; the attribute `index` names the valid one
+      index/<n>/<array>/c/0           what is where; the attribute `index` names the valid one
       journal/plan-<generation>.npz    which images go into which rows; written before any work
       journal/commit-<shard>.json      written last, when all of the shard's files are in place
 
@@ -63,6 +63,7 @@ class StoreInfo:
     num_patches, width: P and D. shard_images: rows per shard.
     pooled: whether `pooled` exists.
     index: path of the valid index within the store; None until the first extraction finished.
+    generation: number of the last plan that the index covers.
     source: the data files and the image root of the latest extraction, for `align train`.
     """
 
@@ -74,6 +75,7 @@ class StoreInfo:
     shard_images: int
     pooled: bool
     index: str | None = None
+    generation: int = 0
     source: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -92,10 +94,12 @@ class StoreInfo:
         try:
             attributes = read_json(root / "zarr.json")["attributes"]["featcache"]
         except FileNotFoundError:
-            hint = "no such directory" if not root.exists() else "it has no zarr.json"
+            hint = "it has no zarr.json" if root.exists() else "no such directory"
             raise StoreError(
                 f"{root} is not a feature store ({hint}); make one with `featcache extract`"
             ) from None
+        except PermissionError as error:
+            raise StoreError(f"{root}: {error.strerror}; check its permissions") from None
         except (ValueError, KeyError, TypeError, NotADirectoryError):
             raise StoreError(
                 f"{root}/zarr.json does not describe a feature store; was it made by featcache?"
@@ -150,7 +154,7 @@ def decode_shard_index(raw: bytes, where: Path) -> np.ndarray[Any, Any]:
     if google_crc32c.value(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
         raise CorruptStoreError(
             f"{where}: the shard index does not match its crc32c; extract this shard again "
-            "(delete its commit record in journal/ and rerun `featcache extract`)"
+            "(remove its commit record from journal/ and rerun `featcache extract`)"
         )
     return np.frombuffer(raw[:-4], dtype="<u8").reshape(-1, 2)
 

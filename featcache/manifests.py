@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,8 +88,7 @@ def read_manifest(files: Sequence[Path | str], image_root: Path | str | None = N
     if not paths:
         raise ManifestError("no data files given; name at least one with --data")
     for path in paths:
-        if not path.exists():
-            raise ManifestError(f"{path} does not exist; check --data")
+        _require_readable(path)
     first = paths[0]
     root = Path(image_root) if image_root else (first if first.is_dir() else first.parent)
     if not root.is_dir():
@@ -106,57 +106,91 @@ def read_manifest(files: Sequence[Path | str], image_root: Path | str | None = N
     return manifest
 
 
+def _require_readable(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise ManifestError(f"{path} does not exist; check --data") from None
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}; check --data") from None
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ManifestError(f"{path} is neither a file nor a directory; check --data")
+
+
 def _directory(path: Path, root: Path) -> Iterator[tuple[str, Any]]:
-    found = sorted(
-        Path(folder, name).relative_to(path).as_posix()
-        for folder, _, names in os.walk(path, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES
-    )
+    """The image files below a directory, symbolic links followed, each directory visited once."""
+    base = os.path.relpath(path, root)
+    if base == os.pardir or base.startswith(os.pardir + os.sep):
+        raise ManifestError(
+            f"{path} lies outside of the image root {root}; name a folder above both with --images"
+        )
+
+    def fail(error: OSError) -> None:
+        raise ManifestError(f"{error.filename}: {error.strerror}; check its permissions")
+
+    found: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=fail):
+        identity = Path(folder).stat()
+        if (identity.st_dev, identity.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((identity.st_dev, identity.st_ino))
+        found += [
+            Path(folder, name).relative_to(path).as_posix()
+            for name in names
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES
+        ]
     if not found:
         raise ManifestError(f"{path} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    for name in found:
-        key = Path(os.path.relpath(path, root), name).as_posix()
+    for name in sorted(found):
+        key = Path(base, name).as_posix()
         yield str(path / name), {"id": key, "images": [key], "conversations": []}
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Elements of a JSON array, or lines of JSONL: by suffix, else by the first character."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             head = file.read(64).lstrip()
             file.seek(0)
             if head.startswith("[") and path.suffix not in (".jsonl", ".ndjson"):
-                for i, entry in enumerate(json.load(file)):
+                for i, entry in enumerate(_parsed(file.read(), str(path))):
                     yield f"{path.name}[{i}]", entry
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    try:
-                        yield f"{path.name}:{number}", json.loads(line.strip())
-                    except json.JSONDecodeError as error:
-                        raise ManifestError(
-                            f"{path}:{number}: malformed JSON: {error.msg} at column {error.colno}"
-                        ) from None
-    except json.JSONDecodeError as error:
-        raise ManifestError(
-            f"{path}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}"
-        ) from None
+                    yield f"{path.name}:{number}", _parsed(line.strip(), f"{path}:{number}")
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path} is not UTF-8 text ({error.reason})") from None
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}") from None
 
 
+def _parsed(text: str, where: str) -> Any:
+    """Raises ManifestError naming `where`, and the line within it where there is more than one."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f":{error.lineno}" if "\n" in text else ""
+        raise ManifestError(
+            f"{where}{line}: malformed JSON: {error.msg} at column {error.colno}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; deep nesting
+        raise ManifestError(f"{where}: unreadable JSON: {error}") from None
+
+
 def _record(entry: Any, origin: str, root: Path) -> Record:
     if not isinstance(entry, dict):
-        raise _UnusableError(f"not a JSON object but {type(entry).__name__}")
+        raise _UnusableError(f"not a JSON object but {_type_name(entry)}")
     if entry.get("video") and entry.get("image"):
         raise _UnusableError("has both an image and a video")
     images = tuple(_key(name, root) for name in _image_names(entry))
     if "caption" in entry:
         caption = entry["caption"]
-        if not isinstance(caption, str) or not caption.strip():
+        if not isinstance(caption, str):
+            raise _UnusableError(f"the caption is {_type_name(caption)}, not text")
+        if not caption.strip():
             raise _UnusableError("the caption is empty")
         turns: tuple[Turn, ...] = (
             Turn("human", f"{IMAGE_TOKEN}\n" * len(images)),
@@ -166,6 +200,8 @@ def _record(entry: Any, origin: str, root: Path) -> Record:
         turns = _turns(entry["conversations"])
     else:
         raise _UnusableError('has neither "caption" nor "conversations"')
+    if not all(_is_utf8(turn.text) for turn in turns):
+        raise _UnusableError("its text holds half a surrogate pair")
     identity = entry.get("id")
     source = entry.get("source")
     return Record(
@@ -186,7 +222,7 @@ def _image_names(entry: dict[str, Any]) -> list[str]:
         if name is None or str(name) in NO_IMAGE:
             continue
         if not isinstance(name, str):
-            raise _UnusableError(f"an image path is {type(name).__name__}, not text: {name!r}")
+            raise _UnusableError(f"an image path is {_type_name(name)}, not text: {name!r}")
         found.append(name)
     return found
 
@@ -199,9 +235,22 @@ def _key(name: str, root: Path) -> str:
     key = posixpath.normpath(path)
     if key == ".." or key.startswith("../") or posixpath.isabs(key):
         raise _UnusableError(f"the image path {name!r} leaves the image root {root}")
-    if "\0" in key:
-        raise _UnusableError(f"the image path {name!r} holds a zero byte")
+    if "\0" in key or not _is_utf8(key):
+        raise _UnusableError(f"the image path {name!r} holds a character that is no text")
     return key
+
+
+def _is_utf8(text: str) -> bool:
+    """False for lone surrogates: file names in another encoding, or half a \\u escape in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _type_name(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def _turns(value: Any) -> tuple[Turn, ...]:

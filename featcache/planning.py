@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from featcache.errors import ConfigError, ImageError
+from featcache.errors import ImageError, StoreError
 from featcache.images import digest, read_bytes
-from featcache.index import Failure, Plan
+from featcache.journal import Failure, Journal, Plan, merge
 from featcache.layout import Status
 
-SCAN_REPORT_EVERY = 256
+SCAN_BLOCK = 1024
+"""Files that are queued for hashing at once."""
 RETRIED = (Status.CHANGED, Status.MISSING, Status.UNREADABLE)
 """Failures of the file rather than of the image: the next extraction tries these again."""
 
 
 def plan_extraction(
-    plans: Sequence[Plan],
-    status: np.ndarray[Any, Any],
+    journal: Journal,
     keys: Sequence[str],
     image_root: Path,
     shard_images: int,
+    batch_size: int,
     workers: int,
     on_scan: Callable[[int], None],
 ) -> Plan | None:
@@ -33,70 +33,70 @@ def plan_extraction(
     Every image file is read and hashed: its digest is its identity, so an image that is already
     planned under any key is not planned again, and one whose bytes changed gets a new row.
     New rows start at a new shard, in the order of `keys`.
-    plans: the store's, oldest first. status: uint8[rows] of the compiled index, empty without one.
+    Raises StoreError where known keys mean other images because the image root is another one.
     """
-    for plan in plans:
-        if plan.shard_images != shard_images:
-            raise ConfigError(
-                f"the store has {plan.shard_images} images a shard, not {shard_images}; leave "
-                "--shard-images out"
-            )
+    plans = journal.plans
     row_of_digest: dict[bytes, int] = {}
     for plan in plans:
         for row, image in enumerate(plan.new_digests, plan.first_row):
-            if row >= len(status) or status[row] not in RETRIED:
+            if journal.status[row] not in RETRIED:
                 row_of_digest[image] = row
-    last = plans[-1] if plans else None
-    row_of_key: dict[str, int] = (
-        dict(zip(last.keys, last.rows.tolist(), strict=True)) if last else {}
-    )
-    before = dict(row_of_key)
-    failures = {failure.key: failure for failure in last.missing} if last else {}
-    failures_before = dict(failures)
-
+    row_of_key, missing = merge(plans)
     first_shard = max((plan.first_shard + plan.num_shards for plan in plans), default=0)
     next_row = first_shard * shard_images
+
+    now: dict[str, int] = {}
+    failures: list[Failure] = []
     new: list[bytes] = []
+    replaced: list[str] = []
     for key, outcome in _scan(keys, image_root, workers, on_scan):
-        if isinstance(outcome, ImageError):
+        before = row_of_key.get(key, -1)
+        if isinstance(outcome, Failure):
             # What is already cached stays valid when its image file goes away.
-            if row_of_key.setdefault(key, -1) < 0:
-                failures[key] = Failure(key, outcome.reason, outcome.detail)
+            if before < 0 and missing.get(key) != outcome:
+                now[key] = -1
+                failures.append(outcome)
             continue
-        failures.pop(key, None)
         if outcome not in row_of_digest:
             row_of_digest[outcome] = next_row + len(new)
             new.append(outcome)
-        row_of_key[key] = row_of_digest[outcome]
-    if last and row_of_key == before and failures == failures_before and not new:
+        if row_of_digest[outcome] != before:
+            now[key] = row_of_digest[outcome]
+            if before >= 0 and journal.status[before] not in RETRIED:
+                replaced.append(key)
+    if replaced and plans[-1].image_root != image_root:
+        raise StoreError(
+            f"{len(replaced):,} image keys of the store, first {replaced[0]!r}, are other pictures "
+            f"in {image_root} than in {plans[-1].image_root}; extract into another --out"
+        )
+    if not now:
         return None
     return Plan(
-        generation=last.generation + 1 if last else 1,
+        generation=plans[-1].generation + 1 if plans else 1,
         first_shard=first_shard,
         shard_images=shard_images,
-        keys=list(row_of_key),
-        rows=np.fromiter(row_of_key.values(), np.int64, len(row_of_key)),
+        batch_size=batch_size,
+        image_root=image_root,
+        keys=list(now),
+        rows=np.fromiter(now.values(), np.int64, len(now)),
+        missing=failures,
         new_digests=new,
-        missing=list(failures.values()),
     )
 
 
 def _scan(
     keys: Sequence[str], image_root: Path, workers: int, on_scan: Callable[[int], None]
-) -> list[tuple[str, bytes | ImageError]]:
+) -> Iterator[tuple[str, bytes | Failure]]:
     """Each key with its file's digest, or why it has none."""
 
-    def scan(key: str) -> bytes | ImageError:
+    def scan(key: str) -> bytes | Failure:
         try:
             return digest(read_bytes(image_root / key))
         except ImageError as error:
-            return error
+            return Failure(key, error.reason, error.detail)
 
-    found: list[tuple[str, bytes | ImageError]] = []
     with ThreadPoolExecutor(workers, thread_name_prefix="featcache-scan") as pool:
-        for key, outcome in zip(keys, pool.map(scan, keys), strict=True):
-            found.append((key, outcome))
-            if len(found) % SCAN_REPORT_EVERY == 0:
-                on_scan(len(found))
-    on_scan(len(found))
-    return found
+        for start in range(0, len(keys), SCAN_BLOCK):
+            block = keys[start : start + SCAN_BLOCK]
+            yield from zip(block, pool.map(scan, block), strict=True)
+            on_scan(start + len(block))

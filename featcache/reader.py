@@ -106,7 +106,8 @@ class FeatureReader:
                 self._free.append(buffer)
         finally:
             # A buffer is free only when nothing writes into it any more.
-            wait([future for futures, _, _ in pending for future in futures])
+            running = [f for futures, _, _ in pending for f in futures if not f.cancel()]
+            wait(running)
             self._free += [buffer for _, buffer, _ in pending]
 
     def close(self) -> None:
@@ -201,8 +202,8 @@ class FeatureReader:
                 count = os.preadv(descriptor, [view[done:]], at + done)
                 if count == 0:
                     raise CorruptStoreError(
-                        f"{self._paths(shard)} is truncated; delete its commit record in journal/ "
-                        "and rerun `featcache extract` to write it again"
+                        f"{self._paths(shard)} is truncated; rerun `featcache extract` to write "
+                        "it again"
                     )
                 done += count
             at += len(view)
@@ -224,8 +225,8 @@ class _OpenFiles:
             descriptor = os.open(self._paths(shard), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CorruptStoreError(
-                f"{self._paths(shard)}: {error.strerror}; if it is gone, delete its commit record "
-                "in journal/ and rerun `featcache extract`"
+                f"{self._paths(shard)}: {error.strerror}; if it is gone, rerun `featcache extract` "
+                "to write it again"
             ) from None
         self._open[shard] = descriptor
         if len(self._open) > OPEN_FILES_PER_THREAD:

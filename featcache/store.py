@@ -12,10 +12,10 @@ import torch
 from featcache import layout
 from featcache.codecs import Codec, get_codec
 from featcache.errors import ConfigError, IncompleteStoreError
-from featcache.index import Failure, Index, load_plans
+from featcache.index import Index
+from featcache.journal import Failure, Journal
 from featcache.layout import ShardGeometry, Status, StoreInfo
 from featcache.reader import FeatureReader
-from featcache.writer import Commit
 
 
 class Store:
@@ -30,10 +30,11 @@ class Store:
         self.path = Path(path)
         self.info = StoreInfo.load(self.path)
         if self.info.index is None:
-            done, planned = progress(self.path)
+            journal = Journal.load(self.path)
+            planned = journal.num_shards
             raise IncompleteStoreError(
-                f"{self.path} is not finished: {done} of {planned} shards are there; run the same "
-                "`featcache extract` command again to finish it"
+                f"{self.path} is not finished: {planned - len(journal.pending)} of {planned} "
+                "shards are there; run the same `featcache extract` command again to finish it"
             )
         self.index = Index.load(self.path, self.info)
 
@@ -134,9 +135,3 @@ class Store:
             depth=depth,
             pin_memory=pin_memory,
         )
-
-
-def progress(root: Path) -> tuple[int, int]:
-    """(committed shards, planned shards) of a store. Raises CorruptStoreError."""
-    planned = [shard for plan in load_plans(root) for shard in plan.shards]
-    return sum(Commit.load(root, shard) is not None for shard in planned), len(planned)

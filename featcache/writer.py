@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +18,10 @@ import xxhash
 
 from featcache import layout
 from featcache.errors import StoreError
-from featcache.files import publish, publish_json, read_json
+from featcache.files import publish
+from featcache.fingerprint import versions
+from featcache.journal import Commit, RowRecord
 from featcache.layout import ShardGeometry, Status
-
-
-@dataclass(slots=True)
-class RowRecord:
-    """What became of one row of a shard.
-
-    status: `Status` value. detail: for the ledger, empty where the row is fine.
-    size: original (width, height) in pixels, (0, 0) where unknown.
-    checksums: {layer: xxh3_64 of the stored bytes}.
-    """
-
-    status: int = Status.UNUSED
-    detail: str = ""
-    size: tuple[int, int] = (0, 0)
-    checksums: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Commit:
-    """The commit record of one shard: journal/commit-<shard>.json.
-
-    files: {path within the store: [bytes, xxh3_64 of the whole file in hex]}.
-    seconds: time spent per stage.
-    """
-
-    shard: int
-    rows: list[RowRecord]
-    files: dict[str, int]
-    seconds: dict[str, float]
-
-    def save(self, root: Path) -> None:
-        publish_json(root / layout.commit_path(self.shard), asdict(self))
-
-    @classmethod
-    def load(cls, root: Path, shard: int) -> Commit | None:
-        """None where the shard is not committed. A record that does not parse counts as absent:
-        the shard is then written again, to the same bytes."""
-        try:
-            document = read_json(root / layout.commit_path(shard))
-            rows = [RowRecord(**{**row, "size": tuple(row["size"])}) for row in document["rows"]]
-            return cls(**{**document, "rows": rows})
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
 
 
 class ShardBuffer:
@@ -134,7 +92,7 @@ class ShardBuffer:
                 path = layout.pooled_path(self.shard)
                 files[path] = publish(root / path, [self._pooled.data])
             self.seconds["write"] = time.perf_counter() - start
-            commit = Commit(self.shard, self.rows, files, self.seconds)
+            commit = Commit(self.shard, self.rows, files, self.seconds, versions())
             commit.save(root)
         except OSError as error:
             raise write_error(root, error) from error

@@ -48,7 +48,7 @@ def run(kills: int, images: int, seed: int, model: str, folder: Path) -> dict[st
 
     counts = {"killed": 0, "finished_before_the_kill": 0, "partial_files": 0, "committed": 0}
     out = folder / "killed.zarr"
-    for _ in range(kills):
+    while counts["killed"] < kills:
         delay = chance.uniform(0.9 * first_write, end)
         process = subprocess.Popen(
             command(folder / "images", out, model), stderr=subprocess.DEVNULL
@@ -56,6 +56,7 @@ def run(kills: int, images: int, seed: int, model: str, folder: Path) -> dict[st
         try:
             process.wait(delay)
             counts["finished_before_the_kill"] += 1
+            assert counts["finished_before_the_kill"] < 10 * kills, "no kill hits in time"
             # Start over, so that the remaining kills hit something.
             subprocess.run(["rm", "-r", str(out)], check=True)
         except subprocess.TimeoutExpired:

@@ -33,6 +33,8 @@ def test_an_overflow_is_named_and_so_is_its_cure() -> None:
         None,
     ]
     assert get_codec("bf16").encode(values)[1] == [None] * 3
+    beyond = get_codec("bf16").encode(torch.full((1, 1, 1), 3.4e38))[1][0]
+    assert beyond == "overflow: the largest |feature| is 3.4e+38, beyond bf16's 3.3895e+38"
     assert stored[0].eq(0).all()
 
 

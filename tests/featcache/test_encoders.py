@@ -181,9 +181,22 @@ def test_other_processors_are_refused(encoder_dir: Path, tmp_path: Path) -> None
         load_encoder(str(folder))
 
 
+def test_half_a_download_and_a_processor_of_another_size(encoder_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(encoder_dir, tmp_path / "half")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(EncoderError, match="cannot load the weights"):
+        load_encoder(str(folder))
+    folder = shutil.copytree(encoder_dir, tmp_path / "size")
+    SiglipImageProcessorPil(size={"height": 32, "width": 24}).save_pretrained(folder)
+    with pytest.raises(EncoderError, match="takes 24 x 24 pixels, its image processor makes 32 x"):
+        load_encoder(str(folder))
+
+
 def test_devices(encoder_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
-        load_encoder(str(encoder_dir), device="gpu")
+    for name in ("gpu", "meta", "mps"):
+        with pytest.raises(ConfigError, match=f"unknown device '{name}'; give auto, cpu"):
+            load_encoder(str(encoder_dir), device=name)
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="no CUDA device; use cpu"):
+        with pytest.raises(ConfigError, match="torch sees 0; give auto or cpu"):
             load_encoder(str(encoder_dir), device="cuda")

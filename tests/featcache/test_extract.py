@@ -16,7 +16,7 @@ from transformers import SiglipVisionModel
 
 import featcache
 from featcache import writer
-from featcache.errors import ConfigError, FingerprintMismatch, StoreError
+from featcache.errors import ConfigError, FingerprintMismatch, ManifestError, StoreError
 from featcache.extract import ExtractOptions, ExtractProgress, ExtractResult, extract
 from tests.support import feature_files, write_captions, write_images
 
@@ -48,8 +48,8 @@ def test_what_an_extraction_reports(options: ExtractOptions) -> None:
         features=10,
         new=10,
         failures={},
-        skipped_records=0,
-        nbytes=3 * (4 * 4096 + 68),
+        skipped={},
+        nbytes=10 * 4096 + 3 * 68,
         free_bytes=0,
         seconds=0,
         ok=True,
@@ -72,13 +72,66 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
     assert feature_files(options.out) == feature_files(other.out)
 
 
-def test_a_rerun_does_nothing_and_keeps_the_batch_size(options: ExtractOptions) -> None:
+def test_a_rerun_touches_nothing(options: ExtractOptions) -> None:
     extract(options)
-    before = {path: path.stat().st_mtime_ns for path in options.out.rglob("c/*/0/0")}
-    result = extract(replace(options, batch_size=None))
+
+    def state() -> dict[Path, int]:
+        root = options.out / "zarr.json"
+        return {
+            p: p.stat().st_mtime_ns for p in options.out.rglob("*") if p.is_file() and p != root
+        }
+
+    before = state()
+    result = extract(replace(options, shard_images=None, batch_size=7))
     assert (result.new, result.features) == (0, 10)
-    assert before == {path: path.stat().st_mtime_ns for path in options.out.rglob("c/*/0/0")}
-    assert featcache.open(options.out).fingerprint["compute"]["batch_size"] == 3
+    assert {p: t for p, t in state().items() if p.name != "lock"} == {
+        p: t for p, t in before.items() if p.name != "lock"
+    }
+
+
+def test_resume_keeps_the_batches_of_the_plan(options: ExtractOptions) -> None:
+    """Whatever --batch-size says now: last bits may depend on the batch."""
+    extract(options)
+    whole = feature_files(options.out)
+    (options.out / "journal/commit-00000001.json").unlink()
+    seen: list[ExtractProgress] = []
+    assert extract(replace(options, batch_size=1), seen.append).new == 4
+    assert [p.done for p in seen if p.stage == "encode"] == [0, 3, 4]
+    assert feature_files(options.out) == whole
+
+
+def test_resume_notices_a_file_that_went_away(options: ExtractOptions) -> None:
+    extract(options)
+    whole = feature_files(options.out)
+    (options.out / "pooled/c/1/0").unlink()
+    (options.out / "features/-2/c/2/0/0").write_bytes(b"short")
+    assert extract(options).new == 6
+    assert feature_files(options.out) == whole
+
+
+def test_other_pictures_under_the_same_keys_are_refused(
+    options: ExtractOptions, tmp_path: Path
+) -> None:
+    extract(options)
+    write_images(tmp_path / "other", 3, seed=9)
+    with pytest.raises(
+        StoreError, match=r"3 image keys of the store, first '0000\.png', are other"
+    ):
+        extract(replace(options, data=(tmp_path / "other",)))
+
+
+def test_unfinished_shards_are_finished_from_where_they_were_planned(
+    options: ExtractOptions, tmp_path: Path
+) -> None:
+    extract(options)
+    whole = feature_files(options.out)
+    (options.out / "journal/commit-00000000.json").unlink()
+    write_images(tmp_path / "elsewhere" / "b", 2, seed=9)
+    result = extract(replace(options, data=(tmp_path / "elsewhere",)))
+    assert (result.new, result.features, result.failures) == (6, 2, {})
+    after = feature_files(options.out)
+    assert {name: after[name] for name in whole} == whole
+    assert featcache.open(options.out).failures() == []
 
 
 @pytest.mark.parametrize("lost", [(0,), (1, 2), (0, 1, 2)])
@@ -227,12 +280,12 @@ def test_another_encoder_is_refused_field_by_field(
     with pytest.raises(FingerprintMismatch) as caught:
         extract(replace(options, random_weights=True))
     assert "encoder.weights: 'blake2b:" in str(caught.value)
-    assert "encoder.revision: None in" in str(caught.value)
+    assert "encoder.revision" not in str(caught.value)  # the weights decide
     with pytest.raises(FingerprintMismatch, match=r"codec: 'fp16' in .* 'bf16' in this command"):
         extract(replace(options, codec="bf16"))
     with pytest.raises(FingerprintMismatch, match=r"features\.layers"):
         extract(replace(options, layers=("-1",)))
-    with pytest.raises(ConfigError, match="the store has 4 images a shard, not 8"):
+    with pytest.raises(ConfigError, match="has 4 images a shard, not 8; leave --shard-images"):
         extract(replace(options, shard_images=8))
     moved = shutil.copytree(encoder_dir, tmp_path / "renamed")
     assert extract(replace(options, model=str(moved))).new == 0
@@ -287,7 +340,10 @@ def test_two_extractions_at_once(options: ExtractOptions) -> None:
     assert seen
 
 
-def test_out_that_is_something_else(options: ExtractOptions) -> None:
+def test_out_that_is_something_else(options: ExtractOptions, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="is a file; choose another --out"):
+        extract(replace(options, out=tmp_path / "file"))
     options.out.mkdir()
     (options.out / "thesis.tex").touch()
     with pytest.raises(StoreError, match="exists and is no feature store"):
@@ -302,6 +358,29 @@ def test_commit_records_say_what_happened(options: ExtractOptions) -> None:
     assert [row["status"] for row in record["rows"]] == [0, 0, 1, 1]
     assert set(record["seconds"]) == {"decode", "wait", "encode", "write"}
     assert record["files"]["features/-2/c/2/0/0"] == 2 * 4096 + 68
+
+
+def test_records_without_images(options: ExtractOptions, tmp_path: Path) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"id": 1, "caption": "no image"}\n')
+    with pytest.raises(ManifestError, match="no record names an image; nothing to extract"):
+        extract(replace(options, data=(data,)))
+    assert not options.out.exists()
+
+
+def test_skipped_records_are_counted_by_reason(options: ExtractOptions, tmp_path: Path) -> None:
+    data = tmp_path / "some.jsonl"
+    lines = [
+        {"image": "0000.png", "caption": "a"},
+        *({"image": "0001.png", "caption": ""} for _ in range(3)),
+        {"image": "0001.png"},
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = extract(replace(options, data=(data,), image_root=options.data[0]))
+    assert result.skipped == {
+        "the caption is empty": (3, "some.jsonl:2"),
+        'has neither "caption" nor "conversations"': (1, "some.jsonl:5"),
+    }
 
 
 def test_limit(options: ExtractOptions) -> None:

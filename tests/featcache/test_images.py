@@ -84,7 +84,9 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+@pytest.mark.parametrize(
+    "format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "DDS"]
+)
 def test_damaged_files_never_escape_as_another_error(format: str) -> None:
     """Truncations and byte flips at fixed places: an image or an ImageError, nothing else."""
     whole = encoded(Image.fromarray(RGB), format)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,10 @@ def test_caption_jsonl(tmp_path: Path) -> None:
     manifest = read_manifest([written(tmp_path, "captions.jsonl", lines)])
     turns = (Turn("human", "<image>\n<image>\n"), Turn("gpt", "Two."))
     assert manifest.records == [Record("x", ("1.jpg", "2.jpg"), turns, "mine", "captions.jsonl:1")]
-    assert [s.reason for s in manifest.skipped] == ["the caption is empty"] * 2
+    assert [s.reason for s in manifest.skipped] == [
+        "the caption is empty",
+        "the caption is null, not text",
+    ]
 
 
 def test_directory(tmp_path: Path) -> None:
@@ -76,6 +80,26 @@ def test_directory(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert read_manifest([tmp_path]).image_keys() == ["a/c.png", "b.JPG"]
     assert read_manifest([tmp_path / "a"], tmp_path).image_keys() == ["a/c.png"]
+
+
+def test_directories_outside_of_the_image_root_are_refused(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    both = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(ManifestError, match=r"lies outside of the image root .* with --images"):
+        read_manifest(both)
+    assert read_manifest(both, tmp_path).image_keys() == ["a/1.png", "b/1.png"]
+
+
+def test_symbolic_links_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/1.png").touch()
+    for name in ("loop", "again"):
+        (tmp_path / "real" / name).symlink_to(tmp_path / "real")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/linked").symlink_to(tmp_path / "real")
+    assert read_manifest([tmp_path / "data"]).image_keys() == ["linked/1.png"]
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/etc/secret.png"])
@@ -130,7 +154,35 @@ def test_bad_files_name_file_and_line(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("line", ['{"n": ' + "9" * 5000 + "}", "[" * 100_000], ids=["int", "deep"])
+def test_json_that_python_refuses_names_its_line(tmp_path: Path, line: str) -> None:
+    with pytest.raises(ManifestError, match=r"x\.jsonl:1: unreadable JSON"):
+        read_manifest([written(tmp_path, "x.jsonl", line)])
+
+
+def test_text_that_is_no_unicode_is_skipped(tmp_path: Path) -> None:
+    lines = [
+        {"image": "\ud800.png", "caption": "a"},
+        {"image": "1.png", "caption": "half \udc00"},
+        {"image": "ok.png", "caption": "b"},
+    ]
+    manifest = read_manifest([written(tmp_path, "x.jsonl", lines)])
+    assert manifest.image_keys() == ["ok.png"]
+    assert [s.reason for s in manifest.skipped] == [
+        "the image path '\\ud800.png' holds a character that is no text",
+        "its text holds half a surrogate pair",
+    ]
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf[{"image": "1.png", "caption": "a"}]')
+    assert read_manifest([tmp_path / "x.json"]).image_keys() == ["1.png"]
+
+
 def test_missing_and_binary_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ManifestError, match="is neither a file nor a directory"):
+        read_manifest([tmp_path / "pipe.jsonl"])
     with pytest.raises(ManifestError, match=r"none\.json does not exist; check --data"):
         read_manifest([tmp_path / "none.json"])
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")

@@ -25,7 +25,7 @@ from featcache.errors import (
 )
 from featcache.extract import ExtractOptions, extract
 from featcache.images import load_image
-from featcache.layout import CHUNK_ALIGNMENT_BYTES
+from featcache.layout import CHUNK_ALIGNMENT_BYTES, StoreInfo
 from featcache.store import Store
 from tests.support import write_images
 
@@ -212,6 +212,17 @@ def test_close_leaves_no_file_and_no_thread(store_dir: Path) -> None:
     assert (open_files(), threading.active_count()) == (files, threads)
 
 
+def test_closing_under_a_stream_does_not_hang(store_dir: Path) -> None:
+    reader = featcache.open(store_dir).reader(threads=1, depth=8)
+    iterator = reader.stream([np.array([0, 5, 9])] * 50)
+    next(iterator)
+    reader.close()
+    done = threading.Thread(target=iterator.close)
+    done.start()
+    done.join(20)
+    assert not done.is_alive()
+
+
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_child_is_refused_not_deadlocked(store_dir: Path) -> None:
     with featcache.open(store_dir).reader() as reader:
@@ -290,7 +301,18 @@ def test_a_newer_format_and_an_unfinished_store(copy: Path) -> None:
         Store(copy)
 
 
-def test_a_damaged_index_is_named(copy: Path) -> None:
+def test_a_damaged_index_is_named_and_the_cure_works(copy: Path, encoder_dir: Path) -> None:
+    rows = Store(copy).rows(["0003.png", BROKEN, "0010.png"]).tolist()
     (copy / "index/00000001/key_rows/c/0").unlink()
     with pytest.raises(CorruptStoreError, match=r"key_rows is damaged .* to rebuild the index"):
         Store(copy)
+    info = StoreInfo.load(copy)
+    options = ExtractOptions(
+        model=str(encoder_dir),
+        data=tuple(map(Path, info.source["data"])),
+        out=copy,
+        layers=tuple(info.layers),
+        codec=info.codec,
+    )
+    assert extract(options).new == 0
+    assert Store(copy).rows(["0003.png", BROKEN, "0010.png"]).tolist() == rows

@@ -1,0 +1,237 @@
+"""What was planned and what was done: the truth of a store, from which its index is compiled.
+
+A *plan* fixes which images get which rows before any work and never changes. A *commit record* is
+written last, when all files of its shard are in place; a shard without a whole one does not exist.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache import layout
+from featcache.errors import CorruptStoreError
+from featcache.files import publish, publish_json, read_json
+from featcache.layout import Status
+
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An image without features. reason: a `Status` in lower case. detail: what exactly."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass(slots=True)
+class Plan:
+    """One generation of planned work, fixed before it starts.
+
+    generation: counts the extractions that added something, from 1.
+    first_shard: its first shard; it owns `num_shards` from there.
+    batch_size: images per forward in its shards, whoever encodes them.
+    image_root: where its keys were found.
+    keys, rows: image keys that are new or mean another image than before, and their rows, -1 where
+    the file cannot be read. missing: why, one for each of those.
+    new_digests: identities of the images of its rows, in order.
+    """
+
+    generation: int
+    first_shard: int
+    shard_images: int
+    batch_size: int
+    image_root: Path
+    keys: list[str]
+    rows: np.ndarray[Any, Any]
+    missing: list[Failure]
+    new_digests: list[bytes]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.new_digests) // self.shard_images)
+
+    @property
+    def first_row(self) -> int:
+        return self.first_shard * self.shard_images
+
+    @property
+    def end_row(self) -> int:
+        return self.first_row + len(self.new_digests)
+
+    @property
+    def shards(self) -> range:
+        return range(self.first_shard, self.first_shard + self.num_shards)
+
+    def digests_of(self, shard: int) -> list[bytes]:
+        start = (shard - self.first_shard) * self.shard_images
+        return self.new_digests[start : start + self.shard_images]
+
+    def save(self, root: Path) -> None:
+        """Publish it under journal/. Raises OSError."""
+        buffer = io.BytesIO()
+        head = [self.generation, self.first_shard, self.shard_images, self.batch_size]
+        np.savez(
+            buffer,
+            head=np.array(head, np.int64),
+            image_root=pack_lines([str(self.image_root)]),
+            keys=pack_lines(self.keys),
+            rows=self.rows,
+            missing=pack_failures(self.missing),
+            digests=np.frombuffer(b"".join(self.new_digests), np.uint8),
+        )
+        publish(root / layout.plan_path(self.generation), [buffer.getbuffer()])
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Raises CorruptStoreError."""
+        try:
+            with np.load(path) as data:
+                generation, first_shard, shard_images, batch_size = map(int, data["head"])
+                flat = data["digests"].tobytes()
+                return cls(
+                    generation,
+                    first_shard,
+                    shard_images,
+                    batch_size,
+                    Path(unpack_lines(data["image_root"])[0]),
+                    unpack_lines(data["keys"]),
+                    data["rows"],
+                    unpack_failures(data["missing"]),
+                    [flat[i : i + DIGEST_BYTES] for i in range(0, len(flat), DIGEST_BYTES)],
+                )
+        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+            raise CorruptStoreError(
+                f"{path} is damaged ({error}); remove the store and extract again"
+            ) from None
+
+
+@dataclass(slots=True)
+class RowRecord:
+    """What became of one row of a shard.
+
+    status: `Status` value. detail: for the ledger, empty where the row is fine.
+    size: original (width, height) in pixels, (0, 0) where unknown.
+    checksums: {layer: xxh3_64 of the stored bytes}.
+    """
+
+    status: int = Status.UNUSED
+    detail: str = ""
+    size: tuple[int, int] = (0, 0)
+    checksums: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Commit:
+    """The commit record of one shard: journal/commit-<shard>.json.
+
+    files: {path within the store: bytes}. seconds: time spent per stage. versions: of the
+    libraries that computed it.
+    """
+
+    shard: int
+    rows: list[RowRecord]
+    files: dict[str, int]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+    def save(self, root: Path) -> None:
+        """Publish it under journal/. Raises OSError."""
+        publish_json(root / layout.commit_path(self.shard), asdict(self))
+
+    @classmethod
+    def load(cls, root: Path, shard: int) -> Commit | None:
+        """None where the shard is not there as a whole: no record, one that does not parse, or
+        files missing or of another length. It is then written again, to the same bytes."""
+        try:
+            document = read_json(root / layout.commit_path(shard))
+            rows = [RowRecord(**{**row, "size": tuple(row["size"])}) for row in document["rows"]]
+            commit = cls(**{**document, "rows": rows})
+            whole = all((root / path).stat().st_size == n for path, n in commit.files.items())
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return commit if whole else None
+
+
+@dataclass(slots=True)
+class Journal:
+    """All of a store's plans, oldest first, and what became of them.
+
+    status: uint8[rows], UNUSED where a row's shard is not committed. pending: (plan, shard) still
+    to be done, in order.
+    """
+
+    plans: list[Plan]
+    status: np.ndarray[Any, Any]
+    pending: list[tuple[Plan, int]]
+
+    @property
+    def num_shards(self) -> int:
+        return sum(plan.num_shards for plan in self.plans)
+
+    @classmethod
+    def load(cls, root: Path) -> Journal:
+        """Raises CorruptStoreError."""
+        plans = [Plan.load(path) for path in sorted((root / "journal").glob("plan-*.npz"))]
+        status = np.full(num_rows(plans), Status.UNUSED, np.uint8)
+        pending = []
+        for plan in plans:
+            for shard in plan.shards:
+                commit = Commit.load(root, shard)
+                if commit is None:
+                    pending.append((plan, shard))
+                    continue
+                first = shard * plan.shard_images
+                here = status[first : min(first + plan.shard_images, plan.end_row)]
+                here[:] = [record.status for record in commit.rows[: len(here)]]
+        return cls(plans, status, pending)
+
+
+def num_rows(plans: Sequence[Plan]) -> int:
+    """Rows of the store's arrays after these plans."""
+    return max((plan.end_row for plan in plans if plan.new_digests), default=0)
+
+
+def merge(plans: Sequence[Plan]) -> tuple[dict[str, int], dict[str, Failure]]:
+    """The row of every key after all plans, and for those of row -1 why the file is unreadable."""
+    rows: dict[str, int] = {}
+    missing: dict[str, Failure] = {}
+    for plan in plans:
+        rows.update(zip(plan.keys, plan.rows.tolist(), strict=True))
+        missing.update((failure.key, failure) for failure in plan.missing)
+    return rows, {key: failure for key, failure in missing.items() if rows[key] < 0}
+
+
+def pack_failures(failures: Sequence[Failure]) -> np.ndarray[Any, Any]:
+    return pack_lines([json.dumps([f.key, f.reason, f.detail]) for f in failures])
+
+
+def unpack_failures(values: np.ndarray[Any, Any]) -> list[Failure]:
+    return [Failure(*json.loads(line)) for line in unpack_lines(values)]
+
+
+def pack_lines(lines: Sequence[str]) -> np.ndarray[Any, Any]:
+    """Strings as uint8: their count, their lengths, their UTF-8 bytes (keys may hold newlines)."""
+    encoded = [line.encode() for line in lines]
+    head = np.array([len(encoded), *map(len, encoded)], "<u8").tobytes()
+    return np.frombuffer(head + b"".join(encoded), np.uint8)
+
+
+def unpack_lines(values: np.ndarray[Any, Any]) -> list[str]:
+    raw = values.tobytes()
+    count = int.from_bytes(raw[:8], "little")
+    lengths = np.frombuffer(raw, "<u8", count, 8).tolist()
+    lines, at = [], 8 * (count + 1)
+    for length in lengths:
+        lines.append(raw[at : at + length].decode())
+        at += length
+    return lines
