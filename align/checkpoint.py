@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Checkpoint:
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: {error}; use an earlier checkpoint") from error
+            raise CheckpointError(f"{file}: {error}; {_cure(self.path)}") from error
         if state.get("format") != FORMAT:
             raise CheckpointError(
                 f"{file}: format {state.get('format')}, this version reads {FORMAT}; "
@@ -82,7 +83,7 @@ def save_checkpoint(
             sync(file)
         sync(partial)
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         partial.rename(target)
         sync(folder)
     except (OSError, SafetensorError) as error:
@@ -97,8 +98,9 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Complete checkpoints by rising step."""
     found = [
         Checkpoint(int(path.name.removeprefix(PREFIX)), path)
-        for path in folder.glob(f"{PREFIX}[0-9]*")
-        if (path / "state.json").is_file()
+        for path in folder.glob(f"{PREFIX}*")
+        # Not e.g. a copy, step-00000100-copy, that a user made.
+        if path.name.removeprefix(PREFIX).isdecimal() and (path / "state.json").is_file()
     ]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
@@ -116,7 +118,10 @@ def find_checkpoint(folder: Path, which: str = "last") -> Checkpoint:
     if which == "best":
         best = best_checkpoint(found)
         if best is None:
-            raise CheckpointError(f"{folder}: no checkpoint has a validation loss; use last")
+            raise CheckpointError(
+                f"{folder}: no checkpoint was evaluated at its own step; use last, or train "
+                "with train.keep_best=true"
+            )
         return best
     for checkpoint in found:
         if which in (str(checkpoint.step), checkpoint.path.name):
@@ -126,9 +131,15 @@ def find_checkpoint(folder: Path, which: str = "last") -> Checkpoint:
 
 
 def best_checkpoint(found: list[Checkpoint]) -> Checkpoint | None:
-    """The one with the lowest validation loss; None where none has one."""
-    losses = [(c.state().get("eval_loss"), c) for c in found]
-    known = [(loss, c) for loss, c in losses if loss is not None]
+    """The one with the lowest validation loss; None where none has one.
+
+    Only a loss that was measured at the checkpoint's own step tells of its weights.
+    """
+    known: list[tuple[float, Checkpoint]] = []
+    for checkpoint in found:
+        state = checkpoint.state()
+        if state.get("eval_step") == checkpoint.step and math.isfinite(state["eval_loss"]):
+            known.append((state["eval_loss"], checkpoint))
     return min(known, key=lambda pair: pair[0])[1] if known else None
 
 
@@ -139,7 +150,7 @@ def prune(folder: Path, keep: int, keep_best: bool) -> None:
     best = best_checkpoint(found) if keep_best else None
     for checkpoint in found:
         if checkpoint not in kept and checkpoint != best:
-            shutil.rmtree(checkpoint.path)
+            _remove(checkpoint.path)
 
 
 def remove_partial(folder: Path) -> None:
@@ -176,6 +187,8 @@ def load_optimizer(
 ) -> None:
     """Fills an optimizer over the connector's parameters with a checkpoint's moments."""
     tensors = _load(checkpoint.path / "optimizer.safetensors")
+    if not tensors:  # no step had anything to learn from
+        return
     for name, parameter in connector.named_parameters():
         moments: dict[str, Tensor] = {}
         for moment in ("step", "exp_avg", "exp_avg_sq"):
@@ -211,7 +224,19 @@ def _load(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: {error}; use an earlier checkpoint") from error
+        raise CheckpointError(f"{file}: {error}; {_cure(file.parent)}") from error
+
+
+def _cure(damaged: Path) -> str:
+    return f"delete {damaged} and use --resume, or evaluate an earlier one with --checkpoint"
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renamed first, so that a kill in between leaves no half of a checkpoint under its name."""
+    going = checkpoint.with_name(f"{PARTIAL}removed-{checkpoint.name}")
+    shutil.rmtree(going, ignore_errors=True)
+    checkpoint.rename(going)
+    shutil.rmtree(going)
 
 
 def _rng_state() -> dict[str, Any]:

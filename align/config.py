@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """The newest checkpoints that are kept; 0 keeps all."""
     keep_best: bool = False
-    """Also keep the checkpoint with the lowest validation loss."""
+    """Also keep the checkpoint with the lowest validation loss; each one is then evaluated."""
     read_threads: int = 2
     """Threads that read features from disk."""
     read_ahead: int = 3
@@ -82,8 +83,10 @@ class TrainConfig:
         """What is wrong with the values, one "field: reason" each."""
         if self.steps is not None and self.steps < 1:
             yield f"steps: must be at least 1 or null, got {self.steps}"
-        if self.epochs <= 0:
-            yield f"epochs: must be above 0, got {self.epochs}"
+        if not (self.epochs > 0 and math.isfinite(self.epochs)):
+            yield f"epochs: must be above 0 and finite, got {self.epochs}"
+        if not 0 <= self.seed < 2**63:
+            yield f"seed: must be in [0, 2^63), got {self.seed}"
         for name in ("batch_size", "grad_accum", "log_every", "read_threads", "read_ahead"):
             if getattr(self, name) < 1:
                 yield f"{name}: must be at least 1, got {getattr(self, name)}"
@@ -117,8 +120,8 @@ class EvalConfig:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one "field: reason" each."""
-        if self.temperature < 0:
-            yield f"temperature: must be at least 0, got {self.temperature}"
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            yield f"temperature: must be at least 0 and finite, got {self.temperature}"
         if not 0 < self.top_p <= 1:
             yield f"top_p: must be in (0, 1], got {self.top_p}"
         for name in ("max_new_tokens", "batch_size"):
@@ -163,7 +166,11 @@ def load_config(name_or_path: str | Path | None = None, overrides: Sequence[str]
         of_file = given.get("connector")
         if isinstance(of_file, dict) and of_file.get("name", "resampler") != named["name"]:
             del given["connector"]
-    merged = OmegaConf.to_container(OmegaConf.merge(given, on_top))
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(given, on_top))
+    # TypeError: a file's list where the command line has a section, which OmegaConf does not name.
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{title}: {_one_line(error)}") from error
     assert isinstance(merged, dict)
 
     sections = {f.name: f for f in dataclasses.fields(RunConfig)}
@@ -291,15 +298,36 @@ def _build_section(name: str, kind: type, merged: dict[str, Any], problems: list
         if key not in fields:
             problems.append(f"{name}.{key}: no such field{_did_you_mean(str(key), fields)}")
             continue
-        try:
-            OmegaConf.update(node, key, value)
-        except OmegaConfBaseException as error:
-            problems.append(f"{name}.{key}: {_one_line(error)}")
+        default = getattr(kind(), key)
+        if _is_special(value):
+            problems.append(
+                f"{name}.{key}: {value!r} holds what the config language reads as a reference or a "
+                "missing value (`${`, `???`); write it another way"
+            )
+        elif isinstance(default, list) and not isinstance(value, list):
+            problems.append(f"{name}.{key}: is a list, e.g. {name}.{key}=[{value}]")
+        elif isinstance(default, str) and value is None:
+            problems.append(f"{name}.{key}: must not be empty")
+        else:
+            try:
+                OmegaConf.update(node, key, value)
+            except OmegaConfBaseException as error:
+                problems.append(f"{name}.{key}: {_one_line(error)}")
     section = OmegaConf.to_object(node)
     # A section with wrong types is not yet worth judging by its values.
     if len(problems) == known and hasattr(section, "problems"):
         problems.extend(f"{name}.{problem}" for problem in section.problems())
     return section
+
+
+def _is_special(value: Any) -> bool:
+    """Whether OmegaConf would put something else in the place of a value, or ask for it.
+
+    A file's own references are resolved by now, where they can be.
+    """
+    if isinstance(value, list):
+        return any(_is_special(item) for item in value)
+    return isinstance(value, str) and ("${" in value or value == "???")
 
 
 def _did_you_mean(wrong: str, known: Sequence[str] | Any) -> str:

@@ -30,8 +30,7 @@ from align.data.collate import Batch, Loader
 from align.data.dataset import LeftOut, Sample
 from align.data.sampling import in_order
 from align.data.templates import answer
-from align.data.tokens import SampleEncoder
-from align.errors import DataError, TemplateError
+from align.errors import DataError
 from align.generate import generate
 from align.loss import CHUNK_BYTES
 from align.metrics import Figure, score_caption, summarise
@@ -115,8 +114,12 @@ def evaluate(
     """
     decoding = decoding or run.config.eval
     of_split = run.splits.split(split)
-    samples, left_out = _that_fit(of_split[:limit], run.encoder)
-    shown = shuffled(samples) if shuffle_features else list(samples)
+    loader = Loader(run.store, list(of_split[:limit]), run.encoder, run.layer)
+    usable = np.fromiter(loader.usable(), np.int64)
+    if not len(usable):
+        raise DataError(f"none of {len(loader.samples)} samples can be evaluated: {loader.skipped}")
+    samples = [loader.samples[index] for index in usable]
+    shown = shuffled(samples) if shuffle_features else samples
     key_of_row = {
         int(row): key
         for sample in samples
@@ -124,10 +127,13 @@ def evaluate(
     }
 
     captions: list[Caption] = []
-    loader = Loader(run.store, shown, run.encoder, run.layer)
+    # The same records with perhaps other rows: what was tokenised above still holds.
+    of_shown = dict(zip(usable.tolist(), shown, strict=True))
+    loader.samples = [of_shown.get(i, sample) for i, sample in enumerate(loader.samples)]
     batches = list(in_order(len(shown), decoding.batch_size))
     on_progress(0, len(samples))
-    for indices, batch in zip(batches, loader.stream(batches), strict=True):
+    stream = loader.stream(usable[indices] for indices in batches)
+    for indices, batch in zip(batches, stream, strict=True):
         own = [shown[index] for index in indices.tolist()]
         batch = batch.to(run.model.device)
         losses, hits = score_tokens(run.model, batch)
@@ -143,31 +149,13 @@ def evaluate(
         shuffled=shuffle_features,
         step=run.step,
         split_size=len(of_split),
-        left_out=left_out,
+        left_out=loader.skipped,
         decoding=decoding,
         figures=_figures(captions),
         captions=captions,
     )
     _write(result)
     return result
-
-
-def _that_fit(samples: Sequence[Sample], encoder: SampleEncoder) -> tuple[list[Sample], LeftOut]:
-    """The samples that a sequence can be made of, and the others by reason.
-
-    Raises DataError where none is left.
-    """
-    fitting, left_out = [], LeftOut()
-    for sample in samples:
-        try:
-            encoder.encode(sample.record)
-        except TemplateError as error:
-            left_out.add(str(error), sample.record.id)
-        else:
-            fitting.append(sample)
-    if not fitting:
-        raise DataError(f"none of {len(samples)} samples can be evaluated: {left_out}")
-    return fitting, left_out
 
 
 def shuffled(samples: Sequence[Sample], seed: int = SHUFFLE_SEED) -> list[Sample]:
@@ -207,9 +195,7 @@ def score_tokens(
     of each in nats, and whether the most likely token is the right one.
     """
     with model.precision():
-        embeds = model.inputs_embeds(batch.input_ids, batch.is_slot, batch.features)
-        hidden = model.llm.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        supervised = hidden.flatten(0, 1).index_select(0, batch.predictors)  # [N, H]
+        supervised = model.supervised_hidden(batch)
         losses, hits = [], []
         rows = max(1, CHUNK_BYTES // (4 * len(model.llm.head)))
         for chunk, targets in zip(supervised.split(rows), batch.targets.split(rows), strict=True):

@@ -25,7 +25,11 @@ from transformers import DynamicCache
 from align.config import EvalConfig
 from align.data.tokens import SampleEncoder, TokenizedSample
 from align.vlm import AlignModel
+from featcache.errors import ConfigError
 from featcache.manifests import Record
+
+GREEDY_BELOW = 1e-4
+"""A temperature at which a logit less by 0.01 is never drawn: the same as taking the best."""
 
 
 @torch.inference_mode()
@@ -45,8 +49,11 @@ def generate(
     likely tokens that hold `top_p` of the probability (Holtzman et al. 2020). A record's random
     numbers depend on config.seed and its id alone, not on the batch it is in.
 
-    Raises TemplateError where a record does not fit the template.
+    Raises TemplateError where a record does not fit the template, ConfigError for settings that
+    nothing can be sampled with.
     """
+    for problem in config.problems():
+        raise ConfigError(f"eval.{problem}")
     llm = model.llm.model
     stops = torch.tensor(encoder.stop_ids, dtype=torch.int64, device=model.device)
     prompts = [encoder.encode_prompt(record) for record in records]
@@ -80,13 +87,7 @@ def generate(
         mask = torch.cat([mask, mask.new_ones(len(records), 1)], dim=1)
         positions = positions[:, -1:] + 1
     said = torch.stack(tokens, dim=1).tolist()
-    decode = encoder.tokenizer.decode
-    return [decode(_until(row, encoder.stop_ids)).strip() for row in said]
-
-
-def _until(row: list[int], stops: Sequence[int]) -> list[int]:
-    """The tokens before the first that is in `stops`."""
-    return row[: next((index for index, token in enumerate(row) if token in stops), len(row))]
+    return [encoder.answer_text(row) for row in said]
 
 
 def _left_padded(prompts: Sequence[TokenizedSample], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,9 +125,10 @@ def _choose(logits: Tensor, uniform: Tensor, config: EvalConfig) -> Tensor:
     Sampling inverts the cumulative distribution over the tokens that top_p keeps, the most likely
     first.
     """
-    if config.temperature == 0:
+    if config.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
-    share, order = (logits / config.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    below_best = logits - logits.amax(dim=-1, keepdim=True)  # divided, these cannot reach +inf
+    share, order = (below_best / config.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     before = share.cumsum(dim=-1) - share
     share = share.masked_fill(before >= config.top_p, 0.0)
     cumulative = share.cumsum(dim=-1)

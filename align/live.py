@@ -14,7 +14,7 @@ import torch
 
 from align.errors import DataError
 from align.generate import generate
-from align.run import Run
+from align.run import Speaker
 from featcache.encoders import load_encoder
 from featcache.errors import ImageError
 from featcache.fingerprint import fingerprint, require_same
@@ -26,7 +26,7 @@ DECIDING = ("encoder", "features", "preprocessing")
 
 
 def caption_images(
-    run: Run,
+    speaker: Speaker,
     images: Sequence[Path],
     *,
     encoder: str | None = None,
@@ -40,17 +40,17 @@ def caption_images(
     Raises DataError for a file that is no readable image, EncoderError for an encoder that cannot
     be loaded, and FingerprintMismatch for one that the run's store was not made with.
     """
-    stored = run.store.fingerprint
+    stored = speaker.store
     loaded = load_encoder(
         encoder or stored["encoder"]["name"],
-        layers=run.store.layers,
-        device=run.model.device,
+        layers=stored["features"]["layers"],
+        device=speaker.model.device,
         random_weights=stored["encoder"]["revision"] == "random weights",
     )
     require_same(
         _deciding(stored),
         _deciding(fingerprint(loaded)),
-        left_name=str(run.store.path),
+        left_name=f"the store of {speaker.path}",
         right_name=f"encoder {loaded.name}",
         cure="give the encoder that the store was made with: --encoder NAME|HUB_ID|FOLDER",
     )
@@ -61,16 +61,16 @@ def caption_images(
         except ImageError as error:
             raise DataError(f"{path}: {error}") from error
     records = [Record(str(path), (path.name,), (), None, str(path)) for path in images]
-    config = run.config.eval
+    config = speaker.config.eval
     if temperature is not None:
         config = replace(config, temperature=temperature)
     said: list[str] = []
     for start in range(0, len(images), config.batch_size):
         part = slice(start, start + config.batch_size)
-        features = loaded.encode(torch.stack(pixels[part])).features[run.layer]
+        features = loaded.encode(torch.stack(pixels[part])).features[speaker.layer]
         # Rounded as the store rounds it, so that both paths see the same numbers.
         said += generate(
-            run.model, run.encoder, records[part], features.to(run.store.dtype), config
+            speaker.model, speaker.encoder, records[part], features.to(speaker.dtype), config
         )
     return said
 

@@ -35,11 +35,13 @@ class OptimConfig:
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one "field: reason" each."""
         for name in ("lr", "eps"):
-            if getattr(self, name) <= 0:
-                yield f"{name}: must be above 0, got {getattr(self, name)}"
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                yield f"{name}: must be above 0 and finite, got {getattr(self, name)}"
         for name in ("weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                yield f"{name}: must be at least 0, got {getattr(self, name)}"
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                yield f"{name}: must be at least 0 and finite, got {getattr(self, name)}"
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name}: must be in [0, 1), got {getattr(self, name)}"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.config import RunConfig, load_config
+from align.config import RunConfig, diff_fields, load_config
 from align.run import RunFolder
 from align.tracking import read_metrics
 from featcache.errors import ConfigError, ImageError, StoreError
@@ -80,10 +80,11 @@ class ResultRow:
 
 @dataclass(slots=True)
 class Split:
-    """What was evaluated on one split."""
+    """What was evaluated on one split. note: why the shuffled control is not beside it, or ""."""
 
     name: str
     summary: str
+    note: str = ""
     rows: list[ResultRow] = field(default_factory=list)
     worst: list[Card] = field(default_factory=list)
     best: list[Card] = field(default_factory=list)
@@ -195,7 +196,17 @@ def _splits(run_dir: Path, image_root: Path) -> list[Split]:
         metrics = json.loads((folder / "metrics.json").read_text())
         shuffled_path = other / "metrics.json"
         shuffled = json.loads(shuffled_path.read_text()) if shuffled_path.is_file() else None
+        captions = read_metrics(folder / "captions.jsonl")
+        # By position: two records may have one id.
+        wrong: list[str | None] = [None] * len(captions)
         split = Split(folder.name, _summary(metrics))
+        if shuffled is not None:
+            rows = read_metrics(other / "captions.jsonl")
+            split.note = _why_not_beside(metrics, shuffled, captions, rows)
+            if split.note:
+                shuffled = None
+            else:
+                wrong = [row["generated"] for row in rows]
         for name, figure in sorted(metrics["metrics"].items(), key=_reading_order):
             against = shuffled["metrics"].get(name) if shuffled else None
             split.rows.append(
@@ -208,21 +219,40 @@ def _splits(run_dir: Path, image_root: Path) -> list[Split]:
                     bar=None if name == "loss" else 100 * figure["value"],
                 )
             )
-        captions = read_metrics(folder / "captions.jsonl")
-        wrong = {}
-        if shuffled is not None:
-            rows = read_metrics(other / "captions.jsonl")
-            wrong = {row["id"]: row["generated"] for row in rows}
-        ranked = sorted(captions, key=_rank)
+        ranked = sorted(zip(captions, wrong, strict=True), key=lambda pair: _rank(pair[0]))
         half = len(ranked) // 2
         worst, best = (
             ranked[: min(SHOWN_CAPTIONS, half)],
             ranked[max(half, len(ranked) - SHOWN_CAPTIONS) :],
         )
-        split.worst = [_card(row, wrong, image_root) for row in worst]
-        split.best = [_card(row, wrong, image_root) for row in reversed(best)]
+        split.worst = [_card(row, said, image_root) for row, said in worst]
+        split.best = [_card(row, said, image_root) for row, said in reversed(best)]
         splits.append(split)
     return splits
+
+
+def _why_not_beside(
+    own: dict[str, Any],
+    shuffled: dict[str, Any],
+    captions: Sequence[dict[str, Any]],
+    shuffled_captions: Sequence[dict[str, Any]],
+) -> str:
+    """Why two evaluations cannot be compared row by row, or "" where they can."""
+    changed = [
+        line
+        for name in ("step", "n", "decoding")
+        for line in diff_fields({name: own[name]}, {name: shuffled[name]})
+        # How many are generated at once changes the time, not the captions.
+        if not line.startswith("decoding.batch_size:")
+    ]
+    if not changed and [row["id"] for row in captions] != [row["id"] for row in shuffled_captions]:
+        changed = ["other samples"]
+    if not changed:
+        return ""
+    return (
+        "The control with shuffled features is not shown: it was evaluated otherwise "
+        f"({'; '.join(changed)}). Run align eval with and without --shuffle-features again."
+    )
 
 
 def _summary(metrics: dict[str, Any]) -> str:
@@ -253,14 +283,14 @@ def _number(name: str, value: float) -> str:
     return f"{value:.4f}" if name == "loss" else f"{100 * value:.1f} %"
 
 
-def _card(row: dict[str, Any], wrong: dict[str, str], image_root: Path) -> Card:
+def _card(row: dict[str, Any], shuffled: str | None, image_root: Path) -> Card:
     reference, generated = compare_words(row["reference"], row["generated"])
     return Card(
         id=row["id"],
         images=[_data_uri(image_root / key) for key in row["images"]],
         reference=reference,
         generated=generated,
-        shuffled=wrong.get(row["id"]),
+        shuffled=shuffled,
         score=_rank(row)[0],
     )
 
@@ -390,11 +420,11 @@ def _stories(log: Sequence[dict[str, Any]], image_root: Path) -> list[Story]:
     if len(rows) > SHOWN_STEPS:
         picks = {round(i * (len(rows) - 1) / (SHOWN_STEPS - 1)) for i in range(SHOWN_STEPS)}
         rows = [rows[i] for i in sorted(picks)]
-    stories: dict[str, Story] = {}
+    stories: dict[int, Story] = {}  # by position, which is fixed; two records may have one id
     for row in rows:
-        for sample in row["captions"]:
+        for position, sample in enumerate(row["captions"]):
             story = stories.setdefault(
-                sample["id"],
+                position,
                 Story(
                     sample["id"],
                     [_data_uri(image_root / key) for key in sample["keys"]],

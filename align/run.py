@@ -9,6 +9,7 @@ RUN/eval/, RUN/report.html    written by `align eval` and `align report`
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -27,9 +28,10 @@ from align.config import RunConfig, diff_fields, load_config
 from align.connectors import build_connector
 from align.data.collate import Loader
 from align.data.dataset import DataSplits, build_splits
+from align.data.templates import answer
 from align.data.tokens import SampleEncoder
 from align.errors import CheckpointError, RunError
-from align.llm import load_llm
+from align.llm import SHIPPED, load_llm
 from align.vlm import AlignModel
 from featcache.device import resolve_device
 from featcache.errors import ConfigError, FingerprintMismatch
@@ -68,6 +70,11 @@ class RunFolder:
         """
         try:
             return dict(json.loads(self.info.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise RunError(
+                f"{self.path}: not a run's folder (it has no {self.info.name}); give the --out of "
+                "`align train`"
+            ) from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path}: not a run's folder: {self.info}: {error}") from error
 
@@ -95,6 +102,7 @@ class Run:
     step: int = 0
     checkpoint: Checkpoint | None = None
     _loaders: dict[str, Loader] = field(default_factory=dict, repr=False)
+    _data_digest: str | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> RunFolder:
@@ -126,11 +134,16 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run remembers besides weights, JSON-able.
 
-        `data` is a digest of the training samples' ids in their order.
+        `data` is a digest of the training samples in their order: ids, image keys and answers.
+        `precision` is what `train.precision` came to on the device.
         """
-        digest = xxhash.xxh3_64()
-        for sample in self.splits.train:
-            digest.update(f"{sample.record.id}\n".encode())
+        if self._data_digest is None:  # once: there may be half a million samples
+            digest = xxhash.xxh3_64()
+            for sample in self.splits.train:
+                record = sample.record
+                parts = [record.id, *record.images, answer(record)]
+                digest.update(json.dumps(parts).encode() + b"\n")
+            self._data_digest = digest.hexdigest()
         return {
             "store": self.store.fingerprint,
             "llm": self.model.llm.identity,
@@ -139,9 +152,30 @@ class Run:
                 "in_width": self.store.width,
                 "out_width": self.model.llm.hidden_size,
             },
-            "data": {"train": len(self.splits.train), "ids": digest.hexdigest()},
+            "features": {
+                "layer": self.layer,
+                "dtype": str(self.store.dtype).removeprefix("torch."),
+            },
+            "precision": "fp32" if self.model.autocast is None else "bf16",
+            "data": {"train": len(self.splits.train), "digest": self._data_digest},
             "versions": versions(),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """What a trained run needs to say something about new images: neither its store nor its data.
+
+    store: fingerprint of the store that it was trained on. layer, dtype: of the features in it.
+    """
+
+    path: Path
+    config: RunConfig
+    model: AlignModel
+    encoder: SampleEncoder
+    store: dict[str, Any]
+    layer: str
+    dtype: torch.dtype
 
 
 def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> Run:
@@ -158,26 +192,34 @@ def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> R
     store = featcache.open(Path(features[0]))
     _check_encoder(config, store)
     layer = _layer(config, store)
-    device = resolve_device(config.train.device)
-    bf16 = _is_bf16(config, device)
-    llm = load_llm(config.llm, device, torch.bfloat16 if bf16 else torch.float32)
-    torch.manual_seed(config.train.seed)
-    connector = build_connector(config.connector, store.width, store.num_patches, llm.hidden_size)
+    model, encoder = _build(config, store.num_patches, store.width)
     return Run(
         path=path,
         config=config,
         store=store,
         layer=layer,
         splits=build_splits(config.data, config.template, store),
-        model=AlignModel(connector.to(device), llm, torch.bfloat16 if bf16 else None),
-        encoder=SampleEncoder(
-            llm.tokenizer,
-            config.template,
-            connector.num_tokens,
-            llm.image_token_id,
-            config.data.max_length,
-        ),
+        model=model,
+        encoder=encoder,
     )
+
+
+def _build(config: RunConfig, num_patches: int, in_width: int) -> tuple[AlignModel, SampleEncoder]:
+    """The language model with an untrained connector in front, and what writes its sequences."""
+    device = resolve_device(config.train.device)
+    bf16 = _is_bf16(config, device)
+    llm = load_llm(config.llm, device, torch.bfloat16 if bf16 else torch.float32)
+    torch.manual_seed(config.train.seed)
+    connector = build_connector(config.connector, in_width, num_patches, llm.hidden_size)
+    model = AlignModel(connector.to(device), llm, torch.bfloat16 if bf16 else None)
+    encoder = SampleEncoder(
+        llm.tokenizer,
+        config.template,
+        connector.num_tokens,
+        llm.image_token_id,
+        config.data.max_length,
+    )
+    return model, encoder
 
 
 def load_run(
@@ -207,6 +249,37 @@ def load_run(
     return run
 
 
+def load_speaker(path: Path | str, checkpoint: str = "last") -> Speaker:
+    """A trained run's connector and language model, in eval mode; its store may be gone.
+
+    Raises RunError and CheckpointError as `load_run` does.
+    """
+    folder = RunFolder(Path(path))
+    folder.read_info()
+    config = load_config(folder.config)
+    found = find_checkpoint(folder.checkpoints, checkpoint)
+    state = found.state()
+    if "features" not in state:
+        raise CheckpointError(
+            f"{found.path}: does not say how its store keeps features, as it was written by an "
+            "earlier version; use `align eval`, or train again"
+        )
+    widths, features = state["widths"], state["features"]
+    model, encoder = _build(config, widths["num_patches"], widths["in_width"])
+    _check_same_model(state, model, widths, found)
+    load_connector(found, model.connector)
+    model.eval()
+    return Speaker(
+        path=folder.path,
+        config=config,
+        model=model,
+        encoder=encoder,
+        store=state["store"],
+        layer=features["layer"],
+        dtype=getattr(torch, features["dtype"]),
+    )
+
+
 def restore(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
     """Puts a checkpoint's weights into an assembled run; returns its state.
 
@@ -221,11 +294,23 @@ def restore(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
         right_name=str(run.store.path),
         cure="use the store that the run was trained on, or extract with the same encoder",
     )
+    _check_same_model(state, run.model, run.identity()["widths"], checkpoint)
+    load_connector(checkpoint, run.model.connector)
+    run.step = checkpoint.step
+    run.checkpoint = checkpoint
+    return state
+
+
+def _check_same_model(
+    state: dict[str, Any], model: AlignModel, widths: dict[str, int], checkpoint: Checkpoint
+) -> None:
+    """Raises CheckpointError where the checkpoint's connector was trained for another model."""
+    widths = {**widths, "out_width": model.llm.hidden_size}
     changed = [
         line
         for line in diff_fields(
             {"llm": state["llm"], "widths": state["widths"]},
-            {"llm": run.model.llm.identity, "widths": run.identity()["widths"]},
+            {"llm": model.llm.identity, "widths": widths},
         )
         # A model may be reached by another name; the probe tells whether it is another model.
         if not line.startswith(("llm.name:", "llm.revision:"))
@@ -235,10 +320,6 @@ def restore(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.path}: trained with another model: {'; '.join(changed)}; "
             f"use llm.name={state['llm']['name']}"
         )
-    load_connector(checkpoint, run.model.connector)
-    run.step = checkpoint.step
-    run.checkpoint = checkpoint
-    return state
 
 
 def versions() -> dict[str, str]:
@@ -249,6 +330,30 @@ def versions() -> dict[str, str]:
 def absolute(features: Sequence[Path | str]) -> list[str]:
     """Store paths as run.json keeps them: independent of the working directory."""
     return [os.fspath(Path(path).absolute()) for path in features]
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with paths that hold from any working directory, however they were written.
+
+    Of `llm.name` only one that is a folder: the others are names.
+    """
+
+    def absolute_path(path: str) -> str:
+        # Links are kept: a hub's cache links readable names to files named by their digest.
+        return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
+
+    data, llm = config.data, config.llm
+    is_folder = llm.name not in SHIPPED and Path(llm.name).expanduser().is_dir()
+    return dataclasses.replace(
+        config,
+        llm=dataclasses.replace(llm, name=absolute_path(llm.name)) if is_folder else llm,
+        data=dataclasses.replace(
+            data,
+            files=[absolute_path(path) for path in data.files],
+            val_files=[absolute_path(path) for path in data.val_files],
+            images=None if data.images is None else absolute_path(data.images),
+        ),
+    )
 
 
 def _check_encoder(config: RunConfig, store: Store) -> None:

@@ -25,18 +25,20 @@ from align.checkpoint import (
 from align.config import RunConfig, config_dict, diff_fields, load_config, save_config
 from align.data.collate import Batch, Loader
 from align.data.sampling import StepSampler
-from align.errors import AlignError, CheckpointError, RunError
+from align.errors import AlignError, CheckpointError, DataError, RunError
 from align.optim import build_optimizer
-from align.run import Run, RunFolder, absolute, assemble, restore, versions
+from align.run import Run, RunFolder, absolute, absolute_paths, assemble, restore, versions
 from align.tracking import (
     LOGGED,
     CheckpointEvent,
+    EvalEvent,
     Event,
     MetricsLog,
     NoticeEvent,
     OnEvent,
     StepEvent,
 )
+from featcache.errors import ConfigError
 
 E = TypeVar("E", bound=Event)
 
@@ -48,20 +50,23 @@ FREE_TO_CHANGE = (
     "train.keep_best",
     "train.keep_checkpoints",
     "train.log_every",
+    "train.precision",
     "train.read_ahead",
     "train.read_threads",
     "train.sample_every",
     "train.samples",
     "train.save_every",
 )
-"""Settings that may differ when a run is resumed: they decide what is told, not what is learned."""
+"""Settings that may differ when a run is resumed: they decide what is told, not what is learned.
+`train.precision` may be named where it was "auto"; what it comes to on the device is compared."""
 
 
 @dataclass(slots=True)
 class Session:
     """What the loop holds besides the model.
 
-    loss, eval_loss: the newest known. unchecked: (step, [loss, gradient norm]) not yet looked at.
+    loss, eval_loss: the newest known; eval_step: the step that eval_loss was measured at.
+    unchecked: (step, [loss, gradient norm]) not yet looked at.
     """
 
     run: Run
@@ -73,6 +78,7 @@ class Session:
     log: MetricsLog
     loss: float | None = None
     eval_loss: float | None = None
+    eval_step: int | None = None
     unchecked: list[tuple[int, Tensor]] = field(default_factory=list)
     skipped_told: int = 0
 
@@ -83,6 +89,10 @@ class Session:
         if self.on_event is not None:
             self.on_event(event)
         return event
+
+    def evaluated(self, event: EvalEvent) -> None:
+        """Remembers the newest validation loss, and the step that it belongs to."""
+        self.eval_loss, self.eval_step = event.loss, event.step
 
     def watch(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Remembers a step's loss and norm on the device: asking for them would wait for it."""
@@ -103,6 +113,17 @@ class Session:
         self.loss = values[-1][0]
         return values[-1][0], values[-1][1]
 
+    def require_usable(self) -> None:
+        """For a step of which no sample can be used: it changes nothing, and the next one goes on.
+
+        Raises DataError where there is no other sample to go on with.
+        """
+        if next(self.loader.usable(), None) is None:
+            raise DataError(
+                f"none of {len(self.loader.samples):,} training samples can be used: "
+                f"{self.loader.skipped}"
+            )
+
     def tell_skipped(self) -> None:
         """Tells of samples that turned out, once tokenised, to have nothing to learn."""
         if self.loader.skipped.total > self.skipped_told:
@@ -120,6 +141,7 @@ class Session:
             "samples_seen": self.run.step * self.sampler.step_size,
             "loss": self.loss,
             "eval_loss": self.eval_loss,
+            "eval_step": self.eval_step,
         }
         train = self.run.config.train
         folder = self.run.folder.checkpoints
@@ -141,8 +163,8 @@ class Session:
         file.write_text(json.dumps({"step": step + 1, "ids": ids}, indent=1), encoding="utf-8")
         raise AlignError(
             f"step {step + 1}: loss {loss}, gradient norm {norm} are not finite; its samples are "
-            f"{', '.join(ids[:4])}{', ...' * (len(ids) > 4)} (all in {file}); lower optim.lr, or "
-            "look at their features with `featcache verify`, then go on with --resume"
+            f"{', '.join(ids[:4])}{', ...' * (len(ids) > 4)} (all in {file}); start again "
+            "with a lower optim.lr in another --out"
         )
 
 
@@ -157,17 +179,23 @@ def start_session(
 
     Raises as `align.trainer.train` says.
     """
+    config = absolute_paths(config)
     folder = RunFolder(out)
     found = list_checkpoints(folder.checkpoints)
-    if (found or folder.info.exists()) and not resume:
+    if found and not resume:
         raise RunError(f"{out}: already holds a run; give --resume or another --out")
-    if folder.config.exists():
+    if found:
         _check_same_config(load_config(folder.config), config, out)
     run = assemble(config, features, out)
     optimizer = build_optimizer(config.optim, run.model.connector)
     loader = run.loader("train")
     train = config.train
     sampler = StepSampler(len(loader.samples), train.batch_size, train.grad_accum, train.seed)
+    if train.batch_size > 100 * sampler.num_samples:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size}: a batch would hold each of the "
+            f"{sampler.num_samples:,} training samples over 100 times; make it smaller"
+        )
     total_steps = train.steps or sampler.steps_in(train.epochs)
     session = Session(
         run, optimizer, sampler, loader, total_steps, on_event, MetricsLog(folder.metrics)
@@ -177,10 +205,11 @@ def start_session(
         remove_partial(folder.checkpoints)
         checkpoint = find_checkpoint(folder.checkpoints)
         state = restore(run, checkpoint)
-        _check_same_data(state, run)
+        _check_same_learning(state, run)
         load_optimizer(checkpoint, run.model.connector, optimizer)
         restore_rng(state)
-        session.loss, session.eval_loss = state["loss"], state["eval_loss"]
+        session.loss = state["loss"]
+        session.eval_loss, session.eval_step = state["eval_loss"], state["eval_step"]
         session.log.drop_after(run.step)
         session.tell(NoticeEvent(f"resuming at step {run.step:,} of {total_steps:,}"))
         other = diff_fields(state["versions"], versions())
@@ -189,6 +218,10 @@ def start_session(
     else:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            remove_partial(folder.checkpoints)
+            if folder.config.exists() and not folder.info.exists():
+                # Not of a run, so it may be a recipe that somebody wrote by hand.
+                folder.config.replace(out / "config.before.yaml")
             save_config(config, folder.config)
             folder.metrics.write_text("")
         except OSError as error:
@@ -202,6 +235,13 @@ def start_session(
             f"{total_steps:,} steps of {sampler.step_size}"
         )
     )
+    if splits.shared_images:
+        session.tell(
+            NoticeEvent(
+                f"{splits.shared_images:,} images of the validation files are trained on as well: "
+                "the held-out loss is not of images never seen"
+            )
+        )
     if splits.left_out.total:
         session.tell(
             NoticeEvent(
@@ -248,8 +288,15 @@ def _check_same_config(before: RunConfig, now: RunConfig, out: Path) -> None:
         )
 
 
-def _check_same_data(state: dict[str, object], run: Run) -> None:
-    before, now = state["data"], run.identity()["data"]
+def _check_same_learning(state: dict[str, object], run: Run) -> None:
+    """Refuses a precision or training samples that would make the rest of the run another one."""
+    identity = run.identity()
+    if state.get("precision") != identity["precision"]:
+        raise CheckpointError(
+            f"{run.path}: was trained in {state.get('precision')} and cannot be resumed in "
+            f"{identity['precision']}; give train.precision={state.get('precision')}"
+        )
+    before, now = state["data"], identity["data"]
     if before != now:
         raise CheckpointError(
             f"{run.path}: cannot be resumed on other training samples: "

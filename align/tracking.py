@@ -51,7 +51,7 @@ class EvalEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Caption:
+class SampleCaption:
     """A generated caption beside its reference. keys: the sample's images."""
 
     id: str
@@ -66,7 +66,7 @@ class SampleEvent:
 
     kind: ClassVar[str] = "samples"
     step: int
-    captions: tuple[Caption, ...]
+    captions: tuple[SampleCaption, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,11 @@ from torch import Tensor
 from align.config import RunConfig
 from align.data.sampling import in_order
 from align.data.templates import answer
+from align.errors import DataError
 from align.optim import lr_at
 from align.run import Run
 from align.session import Meter, start_session
-from align.tracking import Caption, EvalEvent, OnEvent, SampleEvent
+from align.tracking import EvalEvent, OnEvent, SampleCaption, SampleEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ def train(
     on_event: called with every event, in the order in which things happen.
 
     Raises the errors of `align.run.assemble`; RunError where `out` already holds a run, or one that
-    is being resumed had other settings; AlignError where the loss stops being finite.
+    is being resumed had other settings; DataError where no sample can be used; AlignError where the
+    loss stops being finite.
     """
     started = time.perf_counter()
     session = start_session(config, features, Path(out), resume, on_event)
@@ -69,28 +71,37 @@ def train(
             tokens = 0
             for _ in range(every.grad_accum):
                 batch = meter.wait_for(batches)
+                if not batch.num_supervised:
+                    continue
                 loss, count = run.model(batch.to(run.model.device))
                 loss.backward()
                 loss_sum += loss.detach()
                 tokens += count
                 meter.count(batch)
             lr = lr_at(config.optim, run.step, session.total_steps)
-            grad_norm = update(optimizer, lr, tokens, config.optim.clip)
-            session.watch(loss_sum / tokens, grad_norm)
+            if tokens:
+                grad_norm = update(optimizer, lr, tokens, config.optim.clip)
+                session.watch(loss_sum / tokens, grad_norm)
+            else:
+                session.require_usable()
             run.step += 1
 
             # -- what is told and kept; none of it changes what is learned
             last = run.step == session.total_steps
             if _due(run.step, every.log_every, last):
-                loss_now, norm_now = session.check_finite()
-                session.tell(meter.line(session, loss_now, norm_now, lr))
+                if session.unchecked:
+                    loss_now, norm_now = session.check_finite()
+                    session.tell(meter.line(session, loss_now, norm_now, lr))
                 session.tell_skipped()
             with meter.paused():
-                if _due(run.step, every.eval_every, last) and run.splits.val:
-                    session.eval_loss = session.tell(evaluate_loss(run, every.eval_samples)).loss
-                if _due(run.step, every.sample_every, last) and run.splits.val:
+                saves = _due(run.step, every.save_every) or last
+                # Which checkpoint is best can be told only of those that were evaluated themselves.
+                evaluates = _due(run.step, every.eval_every, last) or (saves and every.keep_best)
+                if evaluates and run.splits.val:
+                    session.evaluated(session.tell(evaluate_loss(run, every.eval_samples)))
+                if _due(run.step, every.sample_every, last) and run.splits.val and every.samples:
                     session.tell(sample_captions(run, every.samples))
-                if _due(run.step, every.save_every) or last:
+                if saves:
                     session.save()
     session.finish()
     return TrainResult(
@@ -120,6 +131,8 @@ def evaluate_loss(run: Run, limit: int = 0) -> EvalEvent:
     """The mean loss per supervised token over the validation split, always in the same order.
 
     limit: the first so many samples; 0 takes all.
+
+    Raises DataError where none of them has a supervised token.
     """
     started = time.perf_counter()
     loader = run.loader("val")
@@ -127,10 +140,14 @@ def evaluate_loss(run: Run, limit: int = 0) -> EvalEvent:
     loss_sum, tokens, samples = torch.zeros((), device=run.model.device), 0, 0
     with _eval_mode(run):
         for batch in loader.stream(in_order(count, run.config.train.batch_size)):
+            if not batch.num_supervised:
+                continue
             loss, supervised = run.model(batch.to(run.model.device))
             loss_sum += loss
             tokens += supervised
             samples += len(batch.ids)
+    if not tokens:
+        raise DataError(f"none of {count:,} validation samples can be used: {loader.skipped}")
     loss_mean = float(loss_sum) / tokens
     return EvalEvent(run.step, loss_mean, tokens, samples, time.perf_counter() - started)
 
@@ -147,7 +164,7 @@ def sample_captions(run: Run, count: int) -> SampleEvent:
     return SampleEvent(
         run.step,
         tuple(
-            Caption(s.record.id, s.record.images, answer(s.record), text)
+            SampleCaption(s.record.id, s.record.images, answer(s.record), text)
             for s, text in zip(samples, texts, strict=True)
         ),
     )

@@ -1,7 +1,7 @@
 """The trained whole: features -> connector -> frozen language model -> loss.
 
 B samples, I images in the batch, P patches, D encoder width, Q visual tokens per image,
-H LLM width, T sequence length, V vocabulary
+H LLM width, T sequence length, N supervised positions in the batch, V vocabulary
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from align.connectors import Connector
 from align.data.collate import Batch
+from align.errors import DataError
 from align.llm import FrozenLLM
 from align.loss import linear_cross_entropy
 
@@ -59,16 +60,30 @@ class AlignModel(nn.Module):
         supervised tokens of a step must happen outside.
         """
         with self.precision():
-            embeds = self.inject(batch.input_ids, batch.slots, self.visual(batch.features))
-            hidden = self.llm.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
-            supervised = hidden.flatten(0, 1).index_select(0, batch.predictors)
-            loss = linear_cross_entropy(supervised, self.llm.head, batch.targets)
+            hidden = self.supervised_hidden(batch)
+            loss = linear_cross_entropy(hidden, self.llm.head, batch.targets)
         return loss, batch.num_supervised
 
+    def supervised_hidden(self, batch: Batch) -> Tensor:
+        """float[N, H]: what the output layer makes the supervised tokens' logits of."""
+        with self.precision():
+            embeds = self.inject(batch.input_ids, batch.slots, self.visual(batch.features))
+            hidden = self.llm.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, batch.predictors)
+
     def visual(self, features: Tensor) -> Tensor:
-        """features float[I, P, D] in any dtype -> visual tokens float[I, Q, H]."""
-        dtype = self.autocast or next(self.connector.parameters()).dtype
-        tokens: Tensor = self.connector(features.to(dtype))
+        """features float[I, P, D] in any dtype -> visual tokens float[I, Q, H].
+
+        Raises DataError for another number of patches than the connector was built for.
+        """
+        if features.shape[1] != self.connector.num_patches:
+            raise DataError(
+                f"the features have {features.shape[1]} patches an image, the connector was built "
+                f"for {self.connector.num_patches}; use features of the encoder it was trained with"
+            )
+        # Not to autocast's dtype: a norm over the features comes first, and autocast computes norms
+        # in fp32; what fp16 features lose in bf16 would be lost before it.
+        tokens: Tensor = self.connector(features.to(next(self.connector.parameters()).dtype))
         return tokens
 
     def inputs_embeds(self, input_ids: Tensor, is_slot: Tensor, features: Tensor) -> Tensor:

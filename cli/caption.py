@@ -27,9 +27,9 @@ def caption(
     The encoder must be the one that RUN's store was made with.
     """
     from align.live import caption_images
-    from align.run import load_run
+    from align.run import load_speaker
 
-    loaded = load_run(run, checkpoint)
+    loaded = load_speaker(run, checkpoint)
     said = caption_images(loaded, images, encoder=encoder, temperature=temperature)
     for path, text in zip(images, said, strict=True):
         console.say(f"{path}: {text}")

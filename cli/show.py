@@ -25,12 +25,19 @@ def show(
     """Samples as the model sees them: text, token ids, image slots, what is supervised."""
     from align.config import load_config
     from align.data.tokens import describe
+    from align.errors import TemplateError
     from align.run import assemble
 
     run = assemble(load_config(config, overrides), list(features), Path())
-    samples = run.splits.train[:count]
-    views = [describe(sample.record, run.encoder) for sample in samples]
-    for sample, view in zip(samples, views, strict=True):
+    samples, views = [], []
+    for sample in run.splits.train[:count]:
+        try:
+            view = describe(sample.record, run.encoder)
+        except TemplateError as error:
+            console.say(f"{sample.record.id}: cannot be trained on: {error}")
+            continue
+        samples.append(sample)
+        views.append(view)
         _draw(view, sample.record.images)
     console.say("[token] is supervised; (image k) stands for slots that image k's features fill")
     return {

@@ -57,11 +57,10 @@ def train(
     if resume and config is None and (out / "config.yaml").is_file():
         config = str(out / "config.yaml")  # --resume alone means: as it was started
     settings = load_config(config, overrides)
-    # Absolute, as the run keeps them: `align eval` may be called from anywhere.
     if data:
-        settings.data.files = [str(path.absolute()) for path in data]
+        settings.data.files = [str(path) for path in data]
     if images is not None:
-        settings.data.images = str(images.absolute())
+        settings.data.images = str(images)
     if llm is not None:
         settings.llm.name = llm
     with TrainDisplay() as display:

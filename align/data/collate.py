@@ -17,7 +17,7 @@ from torch import Tensor
 
 from align.data.dataset import LeftOut, Sample
 from align.data.tokens import IGNORE, SampleEncoder, TokenizedSample
-from align.errors import DataError, TemplateError
+from align.errors import TemplateError
 from featcache.store import Store
 
 
@@ -78,9 +78,12 @@ class Batch:
 def collate(
     tokenized: Sequence[TokenizedSample], samples: Sequence[Sample], features: Tensor
 ) -> Batch:
-    """Pads on the right to the longest sample. features: float[I, P, D] of all their images."""
+    """Pads on the right to the longest sample. features: float[I, P, D] of all their images.
+
+    Of no samples a batch without rows, of which nothing is learned.
+    """
     B = len(tokenized)
-    T = max(len(sample.input_ids) for sample in tokenized)
+    T = max((len(sample.input_ids) for sample in tokenized), default=0)
     input_ids = np.zeros((B, T), np.int64)
     labels = np.full((B, T), IGNORE, np.int64)
     is_slot = np.zeros((B, T), np.bool_)
@@ -131,31 +134,39 @@ class Loader:
     def stream(self, index_batches: Iterable[NDArray[np.int64]]) -> Generator[Batch, None, None]:
         """One batch per index array; its features are valid only until the next one is asked for.
 
-        Raises DataError for a batch of which no sample can be used.
+        A batch lacks the samples that cannot be used; where that is all of them, it has no rows.
         """
         # Tokenised as the reader asks for rows: `depth` batches ahead of the one in use.
         ahead: deque[tuple[list[TokenizedSample], list[Sample]]] = deque()
+        nothing = torch.empty(0, self.store.num_patches, self.store.width, dtype=self.store.dtype)
 
         def rows() -> Iterator[NDArray[np.int64]]:
             for indices in index_batches:
                 tokenized, samples = self._tokenize(indices)
                 ahead.append((tokenized, samples))
-                yield np.concatenate([sample.rows for sample in samples])
+                if samples:  # there is nothing to read for the others
+                    yield np.concatenate([sample.rows for sample in samples])
 
         with self.store.reader(self.layer, threads=self.threads, depth=self.depth) as reader:
             for features in reader.stream(rows()):
-                tokenized, samples = ahead.popleft()
-                yield collate(tokenized, samples, features)
+                while not ahead[0][0]:
+                    yield collate(*ahead.popleft(), nothing)
+                yield collate(*ahead.popleft(), features)
+            while ahead:
+                yield collate(*ahead.popleft(), nothing)
 
     def load(self, indices: NDArray[np.int64]) -> Batch:
-        """One batch with memory of its own.
-
-        Raises DataError as `stream` does.
-        """
+        """One batch with memory of its own, without the samples that cannot be used."""
         tokenized, samples = self._tokenize(indices)
+        rows = [np.empty(0, np.int64), *(sample.rows for sample in samples)]
         with self.store.reader(self.layer, threads=self.threads, depth=1) as reader:
-            features = reader.read(np.concatenate([sample.rows for sample in samples]))
-        return collate(tokenized, samples, features)
+            return collate(tokenized, samples, reader.read(np.concatenate(rows)))
+
+    def usable(self) -> Iterator[int]:
+        """Indices of the samples that a sequence can be made of; the others go to `skipped`."""
+        for index in range(len(self.samples)):
+            if self._tokenize(np.array([index]))[0]:
+                yield index
 
     def _tokenize(self, indices: NDArray[np.int64]) -> tuple[list[TokenizedSample], list[Sample]]:
         tokenized: list[TokenizedSample] = []
@@ -176,6 +187,4 @@ class Loader:
                     self._tokenized[index] = known
             tokenized.append(known)
             samples.append(sample)
-        if not samples:
-            raise DataError(f"a whole batch of {len(indices)} has nothing to learn: {self.skipped}")
         return tokenized, samples

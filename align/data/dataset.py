@@ -94,12 +94,14 @@ class DataSplits:
     """What is trained on and what is held out.
 
     found: records in the files, before anything was left out.
+    shared_images: images of validation files that are trained on as well.
     """
 
     train: list[Sample]
     val: list[Sample]
     found: int
     left_out: LeftOut
+    shared_images: int = 0
 
     def split(self, name: str) -> list[Sample]:
         """The samples of "train" or "val".
@@ -125,13 +127,25 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
     ManifestError where a file cannot be read.
     """
     held = {Path(file).resolve() for file in config.val_files}
+    if twice := [file for file in config.files if Path(file).resolve() in held]:
+        raise DataError(
+            f"data.val_files: {', '.join(twice)} is in data.files as well; what is trained on "
+            "cannot be held out: name it in one of them"
+        )
     files = config.files or [f for f in store.source["data"] if Path(f).resolve() not in held]
+    if not files:
+        raise DataError(
+            f"data.val_files: hold all that {store.path} was extracted from, so nothing remains to "
+            "train on; name other files in data.files, or set data.eval_ratio instead"
+        )
     images = config.images or store.source["images"]
     left_out = LeftOut()
     usable, found = _load(files, images, template, store, left_out, config.max_samples)
     if config.val_files:
         val, found_val = _load(config.val_files, images, template, store, left_out, None)
-        splits = DataSplits(usable, val, found + found_val, left_out)
+        trained_on = {row for sample in usable for row in sample.rows.tolist()}
+        shared = trained_on & {row for sample in val for row in sample.rows.tolist()}
+        splits = DataSplits(usable, val, found + found_val, left_out, len(shared))
     else:
         held_out = hold_out([s.record for s in usable], config.eval_ratio, config.seed)
         splits = DataSplits(

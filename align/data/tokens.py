@@ -5,6 +5,7 @@ T sequence length, Q visual tokens per image
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -89,6 +90,20 @@ class SampleEncoder:
             every = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
             stops += [i for i, token in enumerate(every) if text in token]
         return tuple(stops)
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """What generated token ids say, up to the first of `stop_ids`, without blanks at the ends.
+
+        A token that holds the stop text may hold the answer's last characters before it.
+        """
+        stops = set(self.stop_ids)
+        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        said = list(ids[: end + 1])
+        if said and said[-1] == self._eos:
+            said.pop()
+        text = str(self.tokenizer.decode(said))
+        stop = stop_text(self.template)
+        return (text if stop is None else text.split(stop, 1)[0]).strip()
 
     def encode(self, record: Record) -> TokenizedSample:
         """The whole sample, cut to `max_length` from its end.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,8 @@ def test_full_disk_keeps_the_last_good_one(tmp_path: Path, monkeypatch: pytest.M
 def test_keep_the_newest_and_the_best(tmp_path: Path) -> None:
     connector, optimizer = trained()
     for step, loss in enumerate([3.0, 1.0, 2.0, 2.5], start=1):
-        save_checkpoint(tmp_path, step, connector, optimizer, {"eval_loss": loss})
+        state = {"eval_loss": loss, "eval_step": step}
+        save_checkpoint(tmp_path, step, connector, optimizer, state)
     assert find_checkpoint(tmp_path, "best").step == 2
     prune(tmp_path, keep=2, keep_best=True)
     assert [c.step for c in list_checkpoints(tmp_path)] == [2, 3, 4]
@@ -102,6 +104,46 @@ def test_keep_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [c.step for c in list_checkpoints(tmp_path)] == [4]
     prune(tmp_path, keep=0, keep_best=False)
     assert [c.step for c in list_checkpoints(tmp_path)] == [4]
+
+
+def test_a_loss_of_another_step_makes_no_best(tmp_path: Path) -> None:
+    connector, optimizer = trained()
+    save_checkpoint(tmp_path, 4, connector, optimizer, {"eval_loss": 2.0, "eval_step": 4})
+    save_checkpoint(tmp_path, 5, connector, optimizer, {"eval_loss": 1.0, "eval_step": 3})
+    assert find_checkpoint(tmp_path, "best").step == 4
+    prune(tmp_path, keep=1, keep_best=True)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [4, 5]
+
+
+def test_a_copy_beside_the_checkpoints_is_left_alone(tmp_path: Path) -> None:
+    connector, optimizer = trained()
+    saved = save_checkpoint(tmp_path, 6, connector, optimizer, {})
+    copy = shutil.copytree(saved.path, tmp_path / "step-00000006-copy")
+    assert [c.step for c in list_checkpoints(tmp_path)] == [6]
+    prune(tmp_path, keep=1, keep_best=False)
+    assert copy.is_dir()
+
+
+def test_a_kill_while_pruning_leaves_no_half_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connector, optimizer = trained()
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, connector, optimizer, {})
+    remove = shutil.rmtree
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            (path / "connector.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        prune(tmp_path, keep=1, keep_best=False)
+    assert shutil.rmtree is remove
+    assert [c.step for c in list_checkpoints(tmp_path)] == [4]
+    remove_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
 def test_asking_for_one(tmp_path: Path) -> None:
@@ -112,7 +154,9 @@ def test_asking_for_one(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "5").step == find_checkpoint(tmp_path, "step-00000005").step
     with pytest.raises(CheckpointError, match="no checkpoint 7; there are last, best and 5"):
         find_checkpoint(tmp_path, "7")
-    with pytest.raises(CheckpointError, match="no checkpoint has a validation loss; use last"):
+    with pytest.raises(
+        CheckpointError, match="no checkpoint was evaluated at its own step; use last"
+    ):
         find_checkpoint(tmp_path, "best")
 
 
@@ -139,12 +183,16 @@ def test_damage_is_named(tmp_path: Path) -> None:
     saved = save_checkpoint(tmp_path, 2, connector, optimizer, {})
     weights = saved.path / "connector.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
-    with pytest.raises(CheckpointError, match=r"connector.safetensors: .*use an earlier"):
+    with pytest.raises(
+        CheckpointError, match=r"connector.safetensors: .*; delete .*/step-00000002 and use --r"
+    ):
         load_connector(saved, make())
     state = saved.path / "state.json"
     state.write_text(json.dumps({"format": 99}))
     with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
         saved.state()
     state.write_text("{")
-    with pytest.raises(CheckpointError, match=r"state.json: .*use an earlier checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"state.json: .*; delete .*/step-00000002 and use --resume"
+    ):
         saved.state()

@@ -129,3 +129,41 @@ def test_diff_fields() -> None:
     assert "optim.lr: 0.0001 -> 1.0" in lines
     assert "connector.num_latents: 64 -> (absent)" in lines
     assert diff_fields({"a": {"b": 1}}, {"a": {"b": 1, "c": None}}) == ["a.c: (absent) -> None"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=nan", "optim.lr: must be above 0 and finite, got nan"),
+        ("optim.lr=inf", "optim.lr: must be above 0 and finite, got inf"),
+        ("optim.clip=nan", "optim.clip: must be at least 0 and finite"),
+        ("train.epochs=inf", "train.epochs: must be above 0 and finite"),
+        ("train.epochs=nan", "train.epochs: must be above 0 and finite"),
+        ("train.seed=-1", "train.seed: must be in [0, 2^63), got -1"),
+        (f"train.seed={2**64}", "train.seed: must be in [0, 2^63)"),
+        ("eval.temperature=nan", "eval.temperature: must be at least 0 and finite, got nan"),
+        ("template.prompt=${foo}", "template.prompt: '${foo}' holds what the config language"),
+        ("template.prompt=${name}", "template.prompt: '${name}' holds what the config language"),
+        ("template.prompt=???", "template.prompt: '???' holds what the config language"),
+        ("data.files=['${foo}']", "data.files: ['${foo}'] holds what the config language"),
+        ("template.prompt=", "template.prompt: must not be empty"),
+        ("llm.name=", "llm.name: must not be empty"),
+        ("data.files=nope.json", "data.files: is a list, e.g. data.files=[nope.json]"),
+    ],
+)
+def test_values_that_would_fail_later(override: str, expected: str) -> None:
+    message = problem(override)
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_references_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {lr: 2e-4}\ntrain: {seed: 3}\ndata: {seed: '${train.seed}'}\n")
+    assert load_config(file).data.seed == 3
+    file.write_text("template: {prompt: '???'}\n")
+    with pytest.raises(ConfigError, match=r"template.prompt: '\?\?\?' holds"):
+        load_config(file)
+    file.write_text("train: [1, 2]\n")
+    with pytest.raises(ConfigError, match=r"run.yaml and the command line: Cannot merge"):
+        load_config(file, ["train.steps=3"])

@@ -58,3 +58,10 @@ def test_update_divides_clips_and_clears() -> None:
     weight.grad = torch.tensor([30.0, 40.0])
     update(optimizer, lr=0.0, tokens=5, clip=0.0)
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
+
+
+def test_a_warm_up_over_the_whole_run_rises_to_its_end() -> None:
+    config = OptimConfig(lr=1.0, warmup_ratio=1.0)
+    rates = [lr_at(config, step, 10) for step in range(10)]
+    assert rates == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert 0 < lr_at(config, 0, 1) < 1

@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 import align
 from align.checkpoint import find_checkpoint, list_checkpoints
 from align.config import RunConfig, load_config, save_config
-from align.errors import AlignError, CheckpointError, RunError
-from align.run import RunFolder, assemble, load_run
+from align.data.sampling import StepSampler
+from align.errors import AlignError, CheckpointError, DataError, RunError
+from align.evaluate import evaluate
+from align.run import RunFolder, absolute_paths, assemble, load_run
 from align.tracking import (
     CheckpointEvent,
     EvalEvent,
@@ -157,7 +159,7 @@ def test_resume_is_bit_for_bit(
     result = train(config, [store.path], tmp_path / "cut", resume=True)
     assert result.step == 7
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
-    assert not torn.exists() or stop == 1
+    assert not torn.exists()
 
 
 def test_killed_at_any_moment(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
@@ -227,7 +229,7 @@ def test_what_resume_refuses(
     shorter.write_text(text)
     train(changed, [store.path], tmp_path / "other")
     shorter.write_text("".join(text.splitlines(keepends=True)[:-9]))
-    with pytest.raises(CheckpointError, match=r"other training samples: train: 32 -> 25; ids:"):
+    with pytest.raises(CheckpointError, match=r"other training samples: train: 32 -> 25; digest:"):
         train(changed, [store.path], tmp_path / "other", resume=True)
 
 
@@ -277,11 +279,15 @@ def test_a_loss_that_is_not_finite_stops(
         "train.save_every=5",
         "train.eval_every=0",
     )
-    with pytest.raises(AlignError, match=r"step \d: loss nan, .* its samples are s\d+, .*--resume"):
+    with pytest.raises(
+        AlignError, match=r"step \d: loss nan, .* its samples are s\d+, .*another --out$"
+    ):
         train(config, [store.path], tmp_path / "run")
     assert list_checkpoints(tmp_path / "run/checkpoints") == []
     document = json.loads((tmp_path / "run/not_finite.json").read_text())
     assert len(document["ids"]) == 4
+    # The cure, as it was told.
+    assert train(make_config("optim.lr=1e-3"), [store.path], tmp_path / "again").step == 6
 
 
 def test_left_out_records_are_told_before_the_first_step(
@@ -373,11 +379,34 @@ def test_no_run_to_load(tmp_path: Path) -> None:
 
 
 def test_the_validation_file_and_no_validation_at_all(
-    store: Store, make_config: MakeConfig, tmp_path: Path
+    store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path]
 ) -> None:
     result = train(make_config("data.eval_ratio=0"), [store.path], tmp_path / "run")
     assert result.eval_loss is None
     assert {line["kind"] for line in metrics(tmp_path / "run")} == {"train"}
+
+    lines = [{"id": f"v{i}", "images": [f"{i:03d}.png"], "caption": "a thing"} for i in (3, 5, 8)]
+    held = jsonl(tmp_path / "val.jsonl", lines)
+    events: list[Event] = []
+    config = make_config(
+        f"data.val_files=[{held}]",
+        "data.max_samples=6",
+        "train.sample_every=6",
+        "train.samples=2",
+        "eval.max_new_tokens=3",
+    )
+    result = train(config, [store.path], tmp_path / "held", on_event=events.append)
+    assert result.eval_loss is not None
+    assert [e.samples for e in events if isinstance(e, EvalEvent)] == [3, 3]
+    (samples,) = [e for e in events if isinstance(e, SampleEvent)]
+    assert [caption.id for caption in samples.captions] == ["v3", "v5"]
+    told = [e.text for e in events if isinstance(e, NoticeEvent)]
+    assert told == [
+        "6 samples to train on, 3 held out, 6 steps of 4",
+        "2 images of the validation files are trained on as well: the held-out loss is not of "
+        "images never seen",
+    ]
+    assert len(evaluate(load_run(tmp_path / "held")).captions) == 3
 
 
 def test_mlp_trains_too(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
@@ -387,7 +416,7 @@ def test_mlp_trains_too(store: Store, make_config: MakeConfig, tmp_path: Path) -
             f"llm.name={make_config().llm.name}",
             "connector.name=mlp",
             "template.name=plain",
-            "train.steps=20",
+            "train.steps=60",
             "train.batch_size=4",
             "train.log_every=1",
             "optim.lr=3e-3",
@@ -398,3 +427,209 @@ def test_mlp_trains_too(store: Store, make_config: MakeConfig, tmp_path: Path) -
     train(config, [store.path], tmp_path / "run")
     losses = [line["loss"] for line in metrics(tmp_path / "run") if line["kind"] == "train"]
     assert losses[-1] < losses[0]
+    result = evaluate(load_run(tmp_path / "run"))
+    assert len(result.captions) == 4
+    assert any(caption.generated for caption in result.captions)
+    assert not any("\n" in caption.generated for caption in result.captions)
+
+
+def with_a_pair(jsonl: Callable[..., Path], folder: Path) -> Path:
+    """Nine samples of one image, and one of two that does not fit where they just do."""
+    lines: list[dict[str, object]] = [
+        {"id": f"s{i}", "images": [f"{i:03d}.png"], "caption": "a square"} for i in range(9)
+    ]
+    lines += [{"id": "pair", "images": ["001.png", "002.png"], "caption": "two squares"}]
+    return jsonl(folder / "data.jsonl", lines)
+
+
+def test_a_sample_without_room_ends_no_run_at_batch_size_one(
+    store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
+    """Its step changes nothing, wherever it falls, and resuming goes over it as well."""
+    data = with_a_pair(jsonl, tmp_path)
+    one = load_run_prompt_length(make_config, store, tmp_path, data)
+    for accum in (1, 2):
+        config = make_config(
+            f"data.files=[{data}]",
+            f"data.max_length={one + 1}",
+            "data.eval_ratio=0",
+            "train.batch_size=1",
+            f"train.grad_accum={accum}",
+            "train.steps=30",
+            "train.save_every=1",
+        )
+        whole, cut = tmp_path / f"whole{accum}", tmp_path / f"cut{accum}"
+        train(config, [store.path], whole)
+        logged = [line["step"] for line in metrics(whole) if line["kind"] == "train"]
+        assert len(logged) == (27 if accum == 1 else 30)
+        missing = next(iter(set(range(1, 31)) - set(logged)), 3)
+        before = max(step for step in logged if step < missing)
+        with pytest.raises(StopError):
+            train(config, [store.path], cut, on_event=stop_after(before))
+        train(config, [store.path], cut, resume=True)
+        assert_same_runs(whole, cut)
+
+
+def test_a_first_step_without_room_is_saved_and_resumed(
+    store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
+    data = with_a_pair(jsonl, tmp_path)
+    one = load_run_prompt_length(make_config, store, tmp_path, data)
+    seed = next(s for s in range(99) if StepSampler(10, 1, 1, s).step(0)[0] == 9)
+    config = make_config(
+        f"data.files=[{data}]",
+        f"data.max_length={one + 1}",
+        "data.eval_ratio=0",
+        "train.batch_size=1",
+        "train.steps=3",
+        "train.save_every=1",
+        f"train.seed={seed}",
+    )
+
+    def stop(event: Event) -> None:
+        if isinstance(event, CheckpointEvent):
+            raise StopError
+
+    train(config, [store.path], tmp_path / "whole")
+    with pytest.raises(StopError):
+        train(config, [store.path], tmp_path / "cut", on_event=stop)
+    assert find_checkpoint(tmp_path / "cut/checkpoints").step == 1
+    train(config, [store.path], tmp_path / "cut", resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_without_any_sample_that_fits(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"none of 32 training samples can be used: 32 its images"):
+        train(make_config("data.max_length=3"), [store.path], tmp_path / "run")
+
+
+def test_the_best_checkpoint_was_evaluated_itself(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config("train.save_every=2", "train.eval_every=3", "train.keep_checkpoints=0")
+    train(config, [store.path], tmp_path / "run")
+    # Steps 2 and 4 were saved, 3 and 6 evaluated: only the last was both.
+    assert load_run(tmp_path / "run", "best").step == 6
+    config = make_config("train.save_every=2", "train.eval_every=0", "train.keep_best=true")
+    train(config, [store.path], tmp_path / "best")
+    evals = {
+        line["step"]: line["loss"] for line in metrics(tmp_path / "best") if line["kind"] == "eval"
+    }
+    assert sorted(evals) == [2, 4, 6]
+    best = load_run(tmp_path / "best", "best")
+    assert best.step == min(evals, key=lambda step: evals[step])
+    assert evaluate_loss(best, 1024).loss == evals[best.step]
+
+
+def test_another_precision_is_refused(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """As "auto" comes to when a run started on a GPU is resumed on a CPU, or the other way."""
+    run = tmp_path / "run"
+    train(make_config("train.precision=bf16", "train.steps=2"), [store.path], run)
+    with pytest.raises(
+        CheckpointError, match=r"trained in bf16 and cannot be resumed in fp32; .*precision=bf16"
+    ):
+        train(make_config("train.steps=2"), [store.path], run, resume=True)
+    again = make_config("train.precision=bf16", "train.steps=2")
+    assert train(again, [store.path], run, resume=True).step == 2
+    # "auto" that comes to the same is the same.
+    train(make_config("train.steps=2"), [store.path], tmp_path / "auto")
+    named = make_config("train.precision=fp32", "train.steps=2")
+    assert train(named, [store.path], tmp_path / "auto", resume=True).step == 2
+
+
+@pytest.mark.parametrize("change", ["caption", "images"])
+def test_other_captions_or_images_under_the_same_ids_are_refused(
+    store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path], change: str
+) -> None:
+    lines: list[dict[str, Any]] = [
+        {"id": f"s{i}", "images": [f"{i:03d}.png"], "caption": "a square"} for i in range(9)
+    ]
+    data = jsonl(tmp_path / "data.jsonl", lines)
+    config = make_config(f"data.files=[{data}]", "data.eval_ratio=0")
+    train(config, [store.path], tmp_path / "run")
+    lines[4][change] = {"caption": "a circle", "images": ["005.png"]}[change]
+    jsonl(data, lines)
+    with pytest.raises(CheckpointError, match="other training samples: digest:"):
+        train(config, [store.path], tmp_path / "run", resume=True)
+
+
+def test_paths_hold_from_anywhere(
+    store: Store, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative ones as KEY=VALUE; the same files named another way are no other settings."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(world)
+    common = ["data.eval_ratio=0.2", "train.device=cpu", "train.steps=2", "connector.num_latents=4"]
+    own = ["llm.name=qwen3", "data.files=[captions.jsonl]", "data.images=images", *common]
+    train(load_config(None, own), [Path("store.zarr")], tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "there")
+    assert len(evaluate(load_run(tmp_path / "run"), limit=2).captions) == 2
+    other = [
+        f"llm.name={world / 'qwen3'}",
+        f"data.files=[{world / 'images' / '..' / 'captions.jsonl'}]",
+        f"data.images={os.path.relpath(world / 'images')}",
+        *common,
+    ]
+    assert train(load_config(None, other), [store.path], tmp_path / "run", resume=True).step == 2
+
+
+def test_names_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "Qwen/Qwen3-8B-Base"):
+        assert absolute_paths(load_config(None, [f"llm.name={name}"])).llm.name == name
+    assert absolute_paths(load_config()).data.images is None
+
+
+def test_a_start_that_failed_can_be_repeated(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(StopError):
+        train(make_config(), [store.path], run, on_event=stop_after(1))
+    assert (run / "run.json").exists()
+    # Without --resume and with other settings: there is nothing yet that they could spoil.
+    train(make_config("optim.lr=1e-3"), [store.path], run)
+    assert load_config(run / "config.yaml").optim.lr == 1e-3
+    assert [line["step"] for line in metrics(run) if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_config_that_lies_in_the_folder_is_kept(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("# mine\noptim: {lr: 0.5}\n")
+    train(make_config(), [store.path], run)
+    assert (run / "config.before.yaml").read_text() == "# mine\noptim: {lr: 0.5}\n"
+    assert load_config(run / "config.yaml").optim.lr == 3e-3
+
+
+def test_a_damaged_newest_checkpoint_is_deleted_and_the_run_goes_on(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(make_config(), [store.path], run)
+    # Copies: what is loaded is mapped from the file that is damaged next.
+    expected = {name: tensor.clone() for name, tensor in weights(run).items()}
+    newest = find_checkpoint(run / "checkpoints").path
+    (newest / "connector.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=f"delete {newest} and use --resume"):
+        train(make_config(), [store.path], run, resume=True)
+    shutil.rmtree(newest)
+    assert train(make_config(), [store.path], run, resume=True).step == 6
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(run).items())
+
+
+def test_a_batch_far_larger_than_the_data_is_refused(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"train.batch_size=3201: .* 32 training samples over 100"
+    ):
+        train(make_config("train.batch_size=3201"), [store.path], tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from align.config import EvalConfig
 from align.connectors import build_connector
 from align.connectors.resampler import ResamplerConfig
 from align.data.collate import Batch, Loader
 from align.data.dataset import DataConfig, build_splits
 from align.data.templates import TemplateConfig
 from align.data.tokens import IGNORE, SampleEncoder
-from align.llm import FrozenLLM
+from align.errors import DataError
+from align.generate import generate
+from align.llm import FrozenLLM, LLMConfig, load_llm
 from align.vlm import AlignModel
 from featcache.store import Store
 
@@ -159,3 +164,52 @@ def test_features_of_another_dtype_are_taken(model: AlignModel, batch: Batch) ->
     visual = model.visual(batch.features)
     assert visual.dtype == torch.float32
     assert torch.equal(visual, model.connector(batch.features.float()))
+
+
+def test_features_are_normed_before_they_are_rounded_to_bf16(llm: FrozenLLM) -> None:
+    """An encoder's few large channels leave the others within bf16's rounding of one another."""
+    torch.manual_seed(0)
+    config = ResamplerConfig(num_latents=Q, depth=1, heads=2, head_dim=16, vision_norm=True)
+    connector = build_connector(config, 48, 16, llm.hidden_size)
+    half = AlignModel(connector, llm, torch.bfloat16)
+    features = (100 + torch.randn(3, 16, 48)).half()
+    seen: list[torch.Tensor] = []
+    assert connector.vision_norm is not None
+    connector.vision_norm.register_forward_hook(lambda _, __, out: seen.append(out))
+    with half.precision():
+        half.visual(features)
+    exact = F.layer_norm(features.float(), (48,))
+    torch.testing.assert_close(seen[0].float(), exact, rtol=0, atol=1e-4)
+
+
+def test_features_of_another_number_of_patches_are_refused(model: AlignModel) -> None:
+    with pytest.raises(DataError, match=r"have 9 patches an image, the connector was built for 16"):
+        model.visual(torch.zeros(2, 9, 48))
+
+
+def test_a_bf16_language_model_trains_and_generates(
+    store: Store, world: Path, batch: Batch
+) -> None:
+    """The real set-up: frozen weights in bf16, the connector's in fp32, products under autocast."""
+    llm = load_llm(LLMConfig(name=str(world / "qwen3")), torch.device("cpu"), torch.bfloat16)
+    torch.manual_seed(0)
+    config = ResamplerConfig(num_latents=Q, depth=1, heads=2, head_dim=16, vision_norm=True)
+    connector = build_connector(config, 48, 16, llm.hidden_size)
+    model = AlignModel(connector, llm, torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(8):
+        loss, count = model(batch)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item() / count)
+    assert losses[-1] < losses[0] - 0.1
+    encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), Q, llm.image_token_id, 100)
+    sample = build_splits(DataConfig(eval_ratio=0), TemplateConfig(), store).train[0]
+    (said,) = generate(
+        model, encoder, [sample.record], batch.features[:1], EvalConfig(max_new_tokens=4)
+    )
+    assert said

@@ -140,6 +140,23 @@ def test_show(demo: Path, align: Align) -> None:
     assert ids.startswith("ids  ") and f"{sample['input_ids'][0]}x16 " in ids
 
 
+def test_show_goes_on_after_a_sample_that_does_not_fit(
+    demo: Path, tmp_path: Path, align: Align
+) -> None:
+    rows = [json.loads(line) for line in (demo / "data/train.jsonl").read_text().splitlines()[:3]]
+    rows[1]["images"] += rows[0]["images"]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = align(
+        *("show", "--config", "demo", "--features", demo / "store.zarr", "-n", 3, "--json"),
+        *(f"data.files=[{tmp_path}/data.jsonl]", f"data.images={demo}/data", "data.eval_ratio=0"),
+        "data.max_length=45",
+    )
+    assert done.code == 0
+    assert [s["id"] for s in done.document["samples"]] == [rows[0]["id"], rows[2]["id"]]
+    told = f"{rows[1]['id']}: cannot be trained on: its images and prompt alone fill data.max_len"
+    assert told in done.err
+
+
 def test_configs(align: Align) -> None:
     done = align("configs", "--json")
     assert done.code == 0
@@ -152,6 +169,7 @@ def test_configs(align: Align) -> None:
     ("argv", "code", "error"),
     [
         (["eval", "{tmp}/none"], 1, "{tmp}/none: not a run's folder"),
+        (["eval", "{demo}"], 1, "{demo}: not a run's folder (it has no run.json); give the --out"),
         (["report", "{tmp}/none"], 1, "{tmp}/none: not a run's folder"),
         (["caption", "{tmp}/none", "x.png"], 1, "{tmp}/none: not a run's folder"),
         (["eval", "{demo}/run", "--split", "test"], 1, "split test: there are train and val"),
@@ -193,6 +211,20 @@ def test_eval_of_a_run_without_checkpoint(demo: Path, tmp_path: Path, align: Ali
     assert done.code == 1
     assert done.err.startswith(f"error: {run}/checkpoints: ")
     assert done.err.count("\n") == 1
+
+
+def test_caption_needs_neither_store_nor_data(demo: Path, tmp_path: Path, align: Align) -> None:
+    image = demo / "data" / load_run(demo / "run").splits.val[0].record.images[0]
+    shutil.copy(image, tmp_path / "image.png")
+    run = shutil.copytree(demo / "run", tmp_path / "run")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(demo), "/nowhere"))
+    info = run / "run.json"
+    info.write_text(info.read_text().replace(str(demo), "/nowhere"))
+    there = align("caption", demo / "run", image, "--json")
+    here = align("caption", run, tmp_path / "image.png", "--json")
+    assert here.code == 0
+    assert here.document["captions"][0]["caption"] == there.document["captions"][0]["caption"]
 
 
 def test_caption_refuses_another_encoder(demo: Path, tmp_path: Path, align: Align) -> None:

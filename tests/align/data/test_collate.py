@@ -13,8 +13,8 @@ from align.data.dataset import DataConfig, Sample, build_splits
 from align.data.sampling import in_order
 from align.data.templates import TemplateConfig
 from align.data.tokens import IGNORE, SampleEncoder
-from align.errors import DataError
 from align.llm import FrozenLLM
+from featcache.manifests import Record
 from featcache.store import Store
 
 Q = 2
@@ -88,9 +88,30 @@ def test_samples_without_room_are_skipped_and_counted_once(
     prompt = len(encoder.encode_prompt(samples[0].record).input_ids)
     loader = make_loader(store, samples, llm, max_length=prompt)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"a whole batch of 2 .*2 its images and prompt alone"):
-            loader.load(np.array([0, 1]))
-    assert loader.skipped.total == 2
+        batch = loader.load(np.array([0, 1]))
+        assert (batch.ids, batch.num_supervised, batch.features.shape) == ([], 0, (0, 16, 48))
+    assert str(loader.skipped) == (
+        f"2 its images and prompt alone fill data.max_length={prompt} (s0, s1)"
+    )
+    assert list(loader.usable()) == []
+
+
+def test_a_batch_without_usable_samples_keeps_its_place(
+    store: Store, samples: list[Sample], llm: FrozenLLM
+) -> None:
+    long = Record("long", ("000.png", "001.png"), samples[0].record.turns, None, "")
+    pair = Sample(long, store.rows(["000.png", "001.png"]))
+    mixed = [pair, samples[3], pair, pair, samples[4], pair]
+    encoder = make_loader(store, samples, llm).encoder
+    room = len(encoder.encode_prompt(samples[0].record).input_ids) + 1
+    loader = make_loader(store, mixed, llm, max_length=room)
+    batches = loader.stream(in_order(len(mixed), 1))
+    found = [(batch.ids, batch.features.clone()) for batch in batches]
+    assert [ids for ids, _ in found] == [[], ["s3"], [], [], ["s4"], []]
+    whole = make_loader(store, samples, llm)
+    for (_, features), index in ((found[1], 3), (found[4], 4)):
+        assert torch.equal(features, whole.load(np.array([index])).features)
+    assert list(loader.usable()) == [1, 4]
 
 
 def test_a_failing_read_names_the_store(

@@ -12,7 +12,6 @@ import featcache
 from align.data.dataset import DataConfig, LeftOut, build_splits, hold_out, num_held_out
 from align.data.templates import TemplateConfig
 from align.errors import DataError
-from featcache.errors import ManifestError
 from featcache.extract import ExtractOptions, extract
 from featcache.manifests import Record, Turn
 from featcache.store import Store
@@ -79,11 +78,23 @@ def test_max_samples_and_a_file_of_its_own_for_validation(
     splits = build_splits(config, CAPTION, store)
     assert [s.record.id for s in splits.train] == [f"s{i}" for i in range(7)]
     assert [s.record.id for s in splits.val] == ["v"]
+    assert splits.shared_images == 1  # 003.png is among the first seven
+
+
+def test_one_file_to_train_and_to_validate_on_is_refused(
+    world: Path, store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "link.jsonl").symlink_to(world / "captions.jsonl")
+    config = DataConfig(
+        files=[str(tmp_path / "link.jsonl")], val_files=[str(world / "captions.jsonl")]
+    )
+    with pytest.raises(DataError, match=r"data.val_files: .*link.jsonl is in data.files as well"):
+        build_splits(config, CAPTION, store)
 
 
 def test_what_is_held_out_is_not_trained_on_by_default(world: Path, store: Store) -> None:
     """A store extracted from both files, and only the held-out one named."""
-    with pytest.raises(ManifestError, match="no data files"):
+    with pytest.raises(DataError, match=r"data.val_files: hold all that .* name other files in"):
         build_splits(DataConfig(val_files=[str(world / "captions.jsonl")]), CAPTION, store)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import align
 from align.data.templates import TemplateConfig, answer
 from align.data.tokens import IGNORE, SampleEncoder, describe
 from align.errors import TemplateError
 from align.llm import FrozenLLM
 from featcache.manifests import Record, Turn
 
+SHIPPED_TOKENIZER = Path(align.__file__).parent / "assets" / "qwen3-tiny"
 Q = 3
 PROMPT = "Describe the image in one sentence."
 
@@ -179,3 +183,27 @@ def test_answer_is_the_first_reply() -> None:
 def test_dtypes(llm: FrozenLLM) -> None:
     sample = encoder(llm).encode(record("a"))
     assert (sample.input_ids.dtype, sample.is_slot.dtype) == (np.int64, np.bool_)
+
+
+@pytest.mark.parametrize("name", ["caption", "plain"])
+@pytest.mark.parametrize("text", ["a red square.", "a red square", "What?!", "naïve (two).", "."])
+def test_a_references_own_tokens_say_the_reference(name: str, text: str) -> None:
+    """With the shipped tokenizer, one of whose tokens is a full stop with its newline."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED_TOKENIZER)
+    encode = SampleEncoder(tokenizer, TemplateConfig(name=name), Q, 0, 100)
+    sample = encode.encode(record(text))
+    learned = sample.labels[sample.labels != IGNORE].tolist()
+    assert encode.answer_text(learned) == text
+    # What a model goes on to say after the end is not part of the answer.
+    assert encode.answer_text([*learned, *ids(tokenizer, " and more")]) == text
+
+
+def test_a_token_that_ends_the_answer_keeps_what_it_holds_before_the_end(llm: FrozenLLM) -> None:
+    encode = encoder(llm, name="plain")
+    decode = llm.tokenizer.decode
+    joined = [i for i in encode.stop_ids[1:] if decode([i]).index("\n") > 0]
+    for stop in joined:
+        said = encode.answer_text([*ids(llm.tokenizer, "a cat"), stop])
+        assert said == ("a cat" + decode([stop]).split("\n")[0]).strip()
+    newline = ids(llm.tokenizer, "\n")
+    assert encode.answer_text([*ids(llm.tokenizer, "a cat."), *newline]) == "a cat."

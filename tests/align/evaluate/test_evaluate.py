@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from align.data.dataset import Sample
+from align.data.tokens import SampleEncoder, TokenizedSample
 from align.errors import DataError
 from align.evaluate import evaluate, score_tokens, shuffled
 from align.run import Run
@@ -131,3 +132,45 @@ def test_too_few_images_to_shuffle(run: Run) -> None:
 def test_unknown_split(run: Run) -> None:
     with pytest.raises(DataError, match="split test: there are train and val"):
         evaluate(run, "test")
+
+
+def test_samples_without_room_are_left_out(run: Run) -> None:
+    """At batch size 1 the one that does not fit is a whole batch."""
+    decoding = replace(run.config.eval, batch_size=1)
+    whole = evaluate(run, decoding=decoding)
+    lengths = {
+        s.record.id: len(run.encoder.encode_prompt(s.record).input_ids) for s in run.splits.val
+    }
+    long = run.splits.val[3]
+    keys = (long.record.images[0], run.splits.val[0].record.images[0])
+    run.splits.val[3] = Sample(replace(long.record, images=keys), run.store.rows(list(keys)))
+    run.encoder.max_length = max(lengths.values()) + 1
+    for shuffle in (False, True):
+        result = evaluate(run, decoding=decoding, shuffle_features=shuffle)
+        assert [c.id for c in result.captions] == [
+            c.id for c in whole.captions if c.id != long.record.id
+        ]
+        assert result.left_out.total == 1
+    # The loss of the same split, at a batch size that leaves a batch without rows.
+    run.config.train.batch_size = 1
+    run._loaders.clear()
+    assert evaluate_loss(run).samples == len(run.splits.val) - 1
+    run.encoder.max_length = 3
+    run._loaders.clear()
+    with pytest.raises(DataError, match="none of 16 validation samples can be used"):
+        evaluate_loss(run)
+    with pytest.raises(DataError, match="none of 16 samples can be evaluated"):
+        evaluate(run)
+
+
+def test_a_sample_is_tokenised_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    encode = SampleEncoder.encode
+
+    def counted(self: SampleEncoder, record: Record) -> TokenizedSample:
+        seen.append(record.id)
+        return encode(self, record)
+
+    monkeypatch.setattr(SampleEncoder, "encode", counted)
+    evaluate(run, shuffle_features=True)
+    assert len(seen) == len(set(seen)) == 16

@@ -14,6 +14,7 @@ from align.config import EvalConfig
 from align.data.tokens import SampleEncoder
 from align.generate import _choose, generate
 from align.run import Run
+from featcache.errors import ConfigError
 from featcache.manifests import Record, Turn
 
 GREEDY = EvalConfig(max_new_tokens=12)
@@ -126,3 +127,19 @@ def test_temperature_scales_the_logits(temperature: float) -> None:
     chosen = _choose(logits, uniform, EvalConfig(temperature=temperature, top_p=1.0))
     found = np.bincount(chosen.numpy(), minlength=3) / len(uniform)
     np.testing.assert_allclose(found, scaled / scaled.sum(), atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-5, 1e-3])
+def test_tiny_temperatures_take_the_most_likely_token(temperature: float) -> None:
+    logits = torch.tensor([[3.0, 40.0, 39.0], [-5.0, -9.0, -80.0]])
+    for uniform in (0.0, 0.5, 1 - 1e-6):
+        config = EvalConfig(temperature=temperature, top_p=1.0)
+        assert _choose(logits, torch.full((2,), uniform), config).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), -1.0, float("inf")])
+def test_temperatures_that_are_none_are_refused(run: Run, temperature: float) -> None:
+    records, features, _ = prompts(run)
+    config = replace(GREEDY, temperature=temperature)
+    with pytest.raises(ConfigError, match=r"eval.temperature: must be at least 0 and finite"):
+        generate(run.model, run.encoder, records, features, config)

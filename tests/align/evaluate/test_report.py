@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -68,6 +69,34 @@ def test_page_of_an_evaluated_run(run: Run) -> None:
     assert "var(--accent)" in text and "#0102" not in text
     for fact in ("Shuffled", "Store fingerprint", "connector", "16 of 16 samples"):
         assert fact in page.text
+
+
+def test_a_control_that_was_evaluated_otherwise_is_not_beside_it(run: Run) -> None:
+    evaluate(run)
+    evaluate(run, shuffle_features=True)
+    page = Page(write_report(run.path).read_text())
+    assert page.text.count("from another image's features") == 16
+    assert "is not shown" not in page.text
+    evaluate(run, shuffle_features=True, limit=9)
+    page = Page(write_report(run.path).read_text())
+    assert "evaluated otherwise (n: 16 -> 9)" in page.text
+    assert "from another image's features" not in page.text
+    hot = replace(run.config.eval, temperature=0.5, batch_size=3)
+    evaluate(run, shuffle_features=True, decoding=hot)
+    page = Page(write_report(run.path).read_text())
+    assert "evaluated otherwise (decoding.temperature: 0.0 -> 0.5)" in page.text
+
+
+def test_records_of_one_id_keep_their_own_control(run: Run) -> None:
+    evaluate(run)
+    evaluate(run, shuffle_features=True)
+    for name in ("val", "val-shuffled"):
+        captions = run.path / "eval" / name / "captions.jsonl"
+        rows = [json.loads(line) for line in captions.read_text().splitlines()]
+        rows = [{**r, "id": "same", "generated": f"{name} {i}"} for i, r in enumerate(rows)]
+        captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = Page(write_report(run.path).read_text()).text
+    assert all(f"val-shuffled {i}" in text for i in range(16))
 
 
 def test_page_fetches_nothing_and_runs_nothing(run: Run) -> None:
