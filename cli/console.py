@@ -333,6 +333,10 @@ class Progress:
                 rich_progress.BarColumn(bar_width=24),
                 rich_progress.TextColumn("{task.fields[line]}", markup=False),
                 console=stderr(),
+                # rich would put a proxy in sys.stderr's place, and `say` would print through that
+                # instead of above the bar.
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self._task = self._bar.add_task(self.label, total=self.total, line=self._counts())
             self._bar.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import click
 import pytest
@@ -168,3 +169,14 @@ def test_duration(seconds: float, text: str) -> None:
 )
 def test_size(count: int, text: str) -> None:
     assert console.size(count) == text
+
+
+def test_a_live_bar_leaves_stderr_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich's proxy there would print lines into the bar instead of above it."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    console._console_for.cache_clear()
+    before = sys.stderr
+    with console.Progress("train", "steps", 10) as progress:
+        assert progress._bar is not None
+        assert sys.stderr is before
+    console._console_for.cache_clear()
