@@ -4,7 +4,7 @@ What decides the bytes of a shard is fixed before work starts (the plan, and the
 boundaries within each shard), so they do not depend on kills, reruns or the number of workers.
 
 RAM: what featcache/encode.py states, and about 2 KB a record while the data files are read and
-planned: 1 GB for 558K images.
+planned: 1.2 GB for 558K images.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
     keys = manifest.image_keys()[: options.limit]
     if not keys:
         raise ManifestError(f"{manifest.files[0]}: no record names an image; nothing to extract")
-    # Only the keys are needed from here on; 558K records with their texts are 1 GB.
+    # Only the keys are needed from here on; 558K records with their texts are most of a GB.
     manifest.records.clear()
     encoder = load_encoder(
         options.model,
