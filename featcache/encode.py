@@ -64,6 +64,27 @@ class _Batch:
     last: bool
 
 
+class Sources:
+    """Where the images of rows lie: under every key that any plan gave them, below the image root
+    of now and that of the plan, newest plan first. A file may have been renamed since."""
+
+    def __init__(self, plans: Sequence[Plan], image_root: Path) -> None:
+        self._plans = [
+            (plan, tuple(dict.fromkeys((image_root, plan.image_root))), order, plan.rows[order])
+            for plan in reversed(plans)
+            for order in (np.argsort(plan.rows, kind="stable"),)
+        ]
+
+    def paths(self, row: int) -> list[Path]:
+        """Each path once, the likeliest first."""
+        found: dict[Path, None] = {}
+        for plan, roots, order, rows in self._plans:
+            first, last = np.searchsorted(rows, [row, row + 1])
+            for at in order[first:last].tolist():
+                found.update((root / plan.keys[at], None) for root in roots)
+        return list(found)
+
+
 class ShardEncoder:
     """Encodes shards and commits them one by one. Use as a context manager.
 
@@ -77,15 +98,15 @@ class ShardEncoder:
         encoder: Encoder,
         codec: Codec,
         geometry: ShardGeometry,
-        image_root: Path,
+        sources: Sources,
         workers: int,
     ) -> None:
-        """image_root: where to look first; then where the plan found its images."""
+        """sources: where the image of a row may be."""
         # Pillow loads its plugins on first need, which two threads may have at once.
         Image.init()
         self._encoder = encoder
         self._codec = codec
-        self._image_root = image_root
+        self._sources = sources
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="featcache-decode")
         pooled_bytes = encoder.width * codec.itemsize if encoder.model.use_head else 0
         buffers = [
@@ -148,15 +169,7 @@ class ShardEncoder:
             self._writer.check()
 
     def _batches(self, pending: Sequence[tuple[Plan, int]]) -> Iterator[_Batch]:
-        key_of_row: dict[int, str] = {}
-        plan: Plan | None = None
-        for each, shard in pending:
-            if each is not plan:
-                plan = each
-                rows = plan.rows.tolist()
-                # Of several keys for one image, the first: later ones are overwritten.
-                key_of_row = dict(zip(reversed(rows), reversed(plan.keys), strict=True))
-            roots = tuple(dict.fromkeys((self._image_root, plan.image_root)))
+        for plan, shard in pending:
             digests = plan.digests_of(shard)
             first_row = shard * plan.shard_images
             for first in range(0, len(digests), plan.batch_size):
@@ -165,21 +178,19 @@ class ShardEncoder:
                     shard,
                     first,
                     [
-                        self._pool.submit(
-                            self._load, roots, key_of_row[first_row + first + i], expected
-                        )
+                        self._pool.submit(self._load, first_row + first + i, expected)
                         for i, expected in enumerate(part)
                     ],
                     last=first + len(part) == len(digests),
                 )
 
-    def _load(self, roots: Sequence[Path], key: str, expected: bytes) -> _Loaded:
+    def _load(self, row: int, expected: bytes) -> _Loaded:
         """Read, check, decode and resize one image; runs on a decode thread."""
         start = time.perf_counter()
         size = (0, 0)
         pixels, status, detail = None, Status.OK, ""
         try:
-            data = _find(roots, key, expected)
+            data = _find(self._sources.paths(row), expected)
             image, size = decode(data)
             pixels = self._encoder.preprocess(image)
         except ImageError as error:
@@ -227,22 +238,24 @@ class ShardEncoder:
         return failed
 
 
-def _find(roots: Sequence[Path], key: str, expected: bytes) -> bytes:
-    """The bytes of the planned image below the first root that holds it.
+def _find(paths: Sequence[Path], expected: bytes) -> bytes:
+    """The planned image's bytes, from the first path that holds them.
 
-    Raises ImageError: "changed" where the bytes are others than planned, or as `read_bytes`.
+    Raises ImageError where none does: "changed" if there is a file with other bytes, else as
+    `read_bytes` of the first path.
     """
-    for root in roots[:-1]:
+    errors: list[ImageError] = []
+    for path in paths:
         try:
-            data = read_bytes(root / key)
-        except ImageError:
+            data = read_bytes(path)
+        except ImageError as error:
+            errors.append(error)
             continue
         if digest(data) == expected:
             return data
-    data = read_bytes(roots[-1] / key)
-    if digest(data) != expected:
-        raise ImageError("changed", "its bytes changed after the scan; extract again")
-    return data
+        changed = f"{path} changed after the scan; extract again"
+        errors.insert(0, ImageError("changed", changed))
+    raise errors[0]
 
 
 class _ShardWriter:

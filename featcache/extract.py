@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from featcache.codecs import Codec, get_codec
-from featcache.encode import ShardEncoder
+from featcache.encode import ShardEncoder, Sources
 from featcache.encoders import Encoder, load_encoder
 from featcache.errors import ConfigError, CorruptStoreError, ManifestError, StoreError
 from featcache.files import publish_json, sweep
@@ -167,18 +167,17 @@ def _update(
     free_bytes = _require_space(options, nbytes)
 
     if options.dry_run:
-        missing = merge(plans)[1]
+        missing = merge(plans).missing
         failures = Counter(missing[key].reason for key in keys if key in missing)
     else:
+        prepare_store(out, info, codec, plans, plan)
         if plan or pending or not _index_is_current(out, info, journal):
-            prepare_store(out, info, codec, plans, plan)
-            with ShardEncoder(out, encoder, codec, geometry, root, options.workers) as work:
+            sources = Sources(plans, root)
+            with ShardEncoder(out, encoder, codec, geometry, sources, options.workers) as work:
                 on_progress(ExtractProgress("encode", 0, new))
                 for done, failed in work.run(pending):
                     on_progress(ExtractProgress("encode", done, new, failed, work.seconds))
             compile_index(out, info, Journal.load(out))
-        else:
-            info.save(out)
         index = Index.load(out, info)
         rows = zip(keys, index.find(keys).tolist(), strict=True)
         failures = Counter(index.failures[key].reason for key, row in rows if row < 0)

@@ -43,8 +43,13 @@ def publish(path: Path, parts: Iterable[bytes | memoryview]) -> int:
 
 
 def publish_json(path: Path, document: object) -> None:
-    """`publish` of a JSON document. Raises OSError, and ValueError for NaN or infinity."""
-    publish(path, [json.dumps(document, indent=1, allow_nan=False).encode()])
+    """`publish` of a JSON document, unless just that is there already.
+
+    Raises OSError, and ValueError for NaN or infinity.
+    """
+    content = json.dumps(document, indent=1, allow_nan=False).encode()
+    if not (path.is_file() and path.read_bytes() == content):
+        publish(path, [content])
 
 
 def read_json(path: Path) -> Any:

@@ -133,8 +133,16 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
             for layer in info.layers:
                 table = read_shard_index(root / layout.shard_path(layer, shard), info.shard_images)
                 chunks[layer][here] = table[: here.stop - here.start]
+                there = chunks[layer][here, 1] != layout.MISSING
+                if (there != (journal.status[here] == Status.OK)).any():
+                    raise CorruptStoreError(
+                        f"{root / layout.shard_path(layer, shard)} holds other images than its "
+                        f"commit record says; remove {layout.commit_path(shard)} and rerun "
+                        "`featcache extract`"
+                    )
 
-    row_of_key, missing = merge(journal.plans)
+    known = merge(journal.plans)
+    row_of_key, missing = known.rows, known.missing
     failures = [
         missing[key] if row < 0 else Failure(key, Status(journal.status[row]).reason, details[row])
         for key, row in row_of_key.items()

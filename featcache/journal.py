@@ -109,7 +109,7 @@ class Plan:
                     unpack_failures(data["missing"]),
                     [flat[i : i + DIGEST_BYTES] for i in range(0, len(flat), DIGEST_BYTES)],
                 )
-        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
             raise CorruptStoreError(
                 f"{path} is damaged ({error}); remove the store and extract again"
             ) from None
@@ -201,14 +201,29 @@ def num_rows(plans: Sequence[Plan]) -> int:
     return max((plan.end_row for plan in plans if plan.new_digests), default=0)
 
 
-def merge(plans: Sequence[Plan]) -> tuple[dict[str, int], dict[str, Failure]]:
-    """The row of every key after all plans, and for those of row -1 why the file is unreadable."""
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What every image key means after all plans.
+
+    rows: its row, -1 where its file cannot be read. missing: why, for those.
+    roots: the image root below which it was found when it got its row.
+    """
+
+    rows: dict[str, int]
+    missing: dict[str, Failure]
+    roots: dict[str, Path]
+
+
+def merge(plans: Sequence[Plan]) -> Keys:
+    """The plans put together, later ones over earlier ones."""
     rows: dict[str, int] = {}
     missing: dict[str, Failure] = {}
+    roots: dict[str, Path] = {}
     for plan in plans:
         rows.update(zip(plan.keys, plan.rows.tolist(), strict=True))
         missing.update((failure.key, failure) for failure in plan.missing)
-    return rows, {key: failure for key, failure in missing.items() if rows[key] < 0}
+        roots.update(dict.fromkeys(plan.keys, plan.image_root))
+    return Keys(rows, {key: why for key, why in missing.items() if rows[key] < 0}, roots)
 
 
 def pack_failures(failures: Sequence[Failure]) -> np.ndarray[Any, Any]:

@@ -33,7 +33,8 @@ def plan_extraction(
     Every image file is read and hashed: its digest is its identity, so an image that is already
     planned under any key is not planned again, and one whose bytes changed gets a new row.
     New rows start at a new shard, in the order of `keys`.
-    Raises StoreError where known keys mean other images because the image root is another one.
+    Raises StoreError where known keys mean other images because the image root is another folder,
+    rather than the same one moved: there, most known keys still mean the same images.
     """
     plans = journal.plans
     row_of_digest: dict[bytes, int] = {}
@@ -41,7 +42,7 @@ def plan_extraction(
         for row, image in enumerate(plan.new_digests, plan.first_row):
             if journal.status[row] not in RETRIED:
                 row_of_digest[image] = row
-    row_of_key, missing = merge(plans)
+    known = merge(plans)
     first_shard = max((plan.first_shard + plan.num_shards for plan in plans), default=0)
     next_row = first_shard * shard_images
 
@@ -49,11 +50,14 @@ def plan_extraction(
     failures: list[Failure] = []
     new: list[bytes] = []
     replaced: list[str] = []
+    moved = 0
     for key, outcome in _scan(keys, image_root, workers, on_scan):
-        before = row_of_key.get(key, -1)
+        before = known.rows.get(key, -1)
+        cached = before >= 0 and journal.status[before] not in RETRIED
+        elsewhere = cached and known.roots[key] != image_root
         if isinstance(outcome, Failure):
             # What is already cached stays valid when its image file goes away.
-            if before < 0 and missing.get(key) != outcome:
+            if not cached and known.missing.get(key) != outcome:
                 now[key] = -1
                 failures.append(outcome)
             continue
@@ -62,12 +66,14 @@ def plan_extraction(
             new.append(outcome)
         if row_of_digest[outcome] != before:
             now[key] = row_of_digest[outcome]
-            if before >= 0 and journal.status[before] not in RETRIED:
+            if elsewhere:
                 replaced.append(key)
-    if replaced and plans[-1].image_root != image_root:
+        elif elsewhere:
+            moved += 1
+    if len(replaced) > moved:
         raise StoreError(
             f"{len(replaced):,} image keys of the store, first {replaced[0]!r}, are other pictures "
-            f"in {image_root} than in {plans[-1].image_root}; extract into another --out"
+            f"in {image_root} than in {known.roots[replaced[0]]}; extract into another --out"
         )
     if not now:
         return None

@@ -11,7 +11,7 @@ import torch
 
 from featcache import layout
 from featcache.codecs import Codec, get_codec
-from featcache.errors import ConfigError, IncompleteStoreError
+from featcache.errors import ConfigError, CorruptStoreError, IncompleteStoreError
 from featcache.index import Index
 from featcache.journal import Failure, Journal
 from featcache.layout import ShardGeometry, Status, StoreInfo
@@ -29,6 +29,17 @@ class Store:
         extraction has not finished), CorruptStoreError (a damaged index)."""
         self.path = Path(path)
         self.info = StoreInfo.load(self.path)
+        while True:
+            try:
+                self.index = self._load_index()
+                return
+            except CorruptStoreError:
+                # An extraction may have replaced the index between the two readings.
+                stale, self.info = self.info.index, StoreInfo.load(self.path)
+                if self.info.index == stale:
+                    raise
+
+    def _load_index(self) -> Index:
         if self.info.index is None:
             journal = Journal.load(self.path)
             planned = journal.num_shards
@@ -36,7 +47,7 @@ class Store:
                 f"{self.path} is not finished: {planned - len(journal.pending)} of {planned} "
                 "shards are there; run the same `featcache extract` command again to finish it"
             )
-        self.index = Index.load(self.path, self.info)
+        return Index.load(self.path, self.info)
 
     @property
     def codec(self) -> Codec:

@@ -18,7 +18,7 @@ import xxhash
 
 from featcache import layout
 from featcache.errors import StoreError
-from featcache.files import publish
+from featcache.files import publish, sync
 from featcache.fingerprint import versions
 from featcache.journal import Commit, RowRecord
 from featcache.layout import ShardGeometry, Status
@@ -69,7 +69,7 @@ class ShardBuffer:
     def publish(self, root: Path, nan: bytes) -> Commit:
         """Write the shard's files, then its commit record.
 
-        nan: the bytes of one NaN, which pooled rows without features are filled with.
+        nan: the bytes of one NaN, which rows without features are filled with.
         Raises StoreError when the disk is full or the store cannot be written; what was
         committed before stays valid.
         """
@@ -77,17 +77,22 @@ class ShardBuffer:
         present = np.array([row.status == Status.OK for row in self.rows])
         files: dict[str, int] = {}
         try:
+            # A record left from before, whose files were damaged, must not vouch for the new ones.
+            record = root / layout.commit_path(self.shard)
+            if record.exists():
+                record.unlink()
+                sync(record.parent)
             for layer, chunks in self._chunks.items():
-                # Holes are zeroed so that the file's bytes depend on the images alone.
-                chunks[~present] = 0
+                # Nobody reads a hole, and should somebody, it is not zeros.
+                chunks[~present] = np.resize(np.frombuffer(nan, np.uint8), chunks.shape[1])
                 path = layout.shard_path(layer, self.shard)
                 used = int(present.nonzero()[0].max()) + 1 if present.any() else 0
                 index = self.geometry.encode_index(present)
                 parts: list[bytes | memoryview] = [chunks[:used].data] if used else []
                 files[path] = publish(root / path, [*parts, index])
             if self._pooled.size:
-                self._pooled[~present] = np.frombuffer(
-                    nan * (self._pooled.shape[1] // len(nan)), np.uint8
+                self._pooled[~present] = np.resize(
+                    np.frombuffer(nan, np.uint8), self._pooled.shape[1]
                 )
                 path = layout.pooled_path(self.shard)
                 files[path] = publish(root / path, [self._pooled.data])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -40,3 +43,45 @@ def feature_files(store: Path) -> dict[str, bytes]:
         for pattern in ("features/*/c/*/0/0", "pooled/c/*/0")
         for path in sorted(store.glob(pattern))
     }
+
+
+class Killed(BaseException):
+    """The process is gone: nothing is published or removed any more."""
+
+
+class Publications:
+    """Counts the renames by which files are published, and stops a program between two of them.
+
+    What is on disk after a SIGKILL between two system calls is what is there when every later
+    publication fails and nothing is cleaned up.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self._after: int | None = None
+        self._name: str | None = None
+        rename, unlink = Path.replace, Path.unlink
+
+        def counted(path: Path, target: Path) -> Path:
+            if self._name is not None and self._name in Path(target).name:
+                self._after = self.count
+            if self._after is not None and self.count >= self._after:
+                raise Killed
+            self.count += 1
+            return rename(path, target)
+
+        def kept(path: Path, missing_ok: bool = False) -> None:
+            if self._after is None:
+                unlink(path, missing_ok=missing_ok)
+
+        monkeypatch.setattr(Path, "replace", counted)
+        monkeypatch.setattr(Path, "unlink", kept)
+
+    @contextmanager
+    def stopped(self, *, after: int | None = None, at: str | None = None) -> Iterator[None]:
+        """Within: killed after so many publications, or before the first of a file named `at`."""
+        self.count, self._after, self._name = 0, after, at
+        try:
+            yield
+        finally:
+            self._after = self._name = None

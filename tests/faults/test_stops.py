@@ -14,33 +14,7 @@ import pytest
 
 import featcache
 from featcache.extract import ExtractOptions, extract
-from tests.support import feature_files, write_images
-
-
-class Killed(BaseException):
-    pass
-
-
-class Publications:
-    """Counts renames, and from the `last` on lets none through."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        self.last: int | None = None
-        rename, unlink = Path.replace, Path.unlink
-
-        def counted(path: Path, target: Path) -> Path:
-            if self.last is not None and self.count >= self.last:
-                raise Killed
-            self.count += 1
-            return rename(path, target)
-
-        def kept(path: Path, missing_ok: bool = False) -> None:
-            if self.last is None:
-                unlink(path, missing_ok=missing_ok)
-
-        monkeypatch.setattr(Path, "replace", counted)
-        monkeypatch.setattr(Path, "unlink", kept)
+from tests.support import Killed, Publications, feature_files, write_images
 
 
 @pytest.mark.parametrize("append", [False, True])
@@ -65,10 +39,8 @@ def test_a_stop_at_any_publication_loses_nothing(
         stopped = replace(everything, out=tmp_path / f"{last}.zarr")
         if append:
             extract(replace(stopped, limit=3))
-        publications.count, publications.last = 0, last
-        with pytest.raises(Killed):
+        with publications.stopped(after=last), pytest.raises(Killed):
             extract(stopped)
-        publications.last = None
         if append:
             store = featcache.open(stopped.out)
             assert (store.rows(["0000.png", "0001.png", "0002.png"]) == [0, 1, 2]).all()

@@ -16,9 +16,16 @@ from transformers import SiglipVisionModel
 
 import featcache
 from featcache import writer
-from featcache.errors import ConfigError, FingerprintMismatch, ManifestError, StoreError
+from featcache.errors import (
+    ConfigError,
+    CorruptStoreError,
+    FingerprintMismatch,
+    ManifestError,
+    StoreError,
+)
 from featcache.extract import ExtractOptions, ExtractProgress, ExtractResult, extract
-from tests.support import feature_files, write_captions, write_images
+from featcache.layout import StoreInfo
+from tests.support import Killed, Publications, feature_files, write_captions, write_images
 
 
 @pytest.fixture
@@ -118,6 +125,20 @@ def test_other_pictures_under_the_same_keys_are_refused(
         StoreError, match=r"3 image keys of the store, first '0000\.png', are other"
     ):
         extract(replace(options, data=(tmp_path / "other",)))
+    # Not even after a harmless extraction from there.
+    write_images(tmp_path / "third" / "more", 1, seed=3)
+    assert extract(replace(options, data=(tmp_path / "third",))).ok
+    shutil.copy(tmp_path / "other" / "0001.png", tmp_path / "third")
+    with pytest.raises(StoreError, match="1 image keys of the store, first '0001"):
+        extract(replace(options, data=(tmp_path / "third",)))
+
+
+def test_a_moved_folder_may_have_changed_pictures(options: ExtractOptions, tmp_path: Path) -> None:
+    extract(options)
+    moved = options.data[0].rename(tmp_path / "moved")
+    write_images(tmp_path / "new", 1, seed=9)
+    (tmp_path / "new" / "0000.png").replace(moved / "0000.png")
+    assert extract(replace(options, data=(moved,))).new == 1
 
 
 def test_unfinished_shards_are_finished_from_where_they_were_planned(
@@ -191,6 +212,91 @@ def test_an_image_whose_bytes_changed_is_encoded_again(
     assert extract(options).new == 1
     assert featcache.open(options.out).rows(["0003.png"]).tolist() == [12]
     assert not torch.equal(features_of(options.out, ["0003.png"]), before)
+
+
+def test_files_renamed_while_a_run_was_stopped(
+    options: ExtractOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan knows rows by digest; where the bytes are now, the newest scan knows."""
+    publications = Publications(monkeypatch)
+    with publications.stopped(at="commit-"), pytest.raises(Killed):
+        extract(options)
+    images = options.data[0]
+    shutil.copy(images / "0009.png", images / "copy.png")
+    for name in ("0000", "0001", "0002", "0009"):
+        (images / f"{name}.png").rename(images / f"moved-{name}.png")
+    (images / "0003.png").rename(images / "swap")
+    (images / "0004.png").rename(images / "0003.png")
+    (images / "swap").rename(images / "0004.png")
+    result = extract(options)
+    assert (result.images, result.features, result.failures) == (11, 11, {})
+    keys = ["moved-0000.png", "0003.png", "0004.png", "copy.png", "moved-0009.png"]
+    assert featcache.open(options.out).rows(keys).tolist() == [0, 4, 3, 9, 9]
+
+
+def test_an_old_commit_record_does_not_vouch_for_a_rewritten_shard(
+    options: ExtractOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(options)
+    (options.out / "features/-2/c/0/0/0").unlink()
+    (options.data[0] / "0001.png").unlink()
+    data = write_captions(options.out.parent / "c.jsonl", [f"{i:04d}.png" for i in range(10)])
+    named = replace(options, data=(data,), image_root=options.data[0])
+    publications = Publications(monkeypatch)
+    with publications.stopped(at="commit-00000000"), pytest.raises(Killed):
+        extract(named)
+    assert extract(named).failures == {"missing": 1}
+    assert featcache.open(options.out).rows(["0000.png", "0001.png"]).tolist() == [0, -1]
+
+
+def test_arrays_are_as_long_as_the_plans_say(
+    options: ExtractOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(replace(options, limit=2))
+    publications = Publications(monkeypatch)
+    with publications.stopped(at="plan-"), pytest.raises(Killed):
+        extract(options)
+    extract(replace(options, limit=2))
+    metadata = json.loads((options.out / "features/-2/zarr.json").read_text())
+    assert metadata["shape"][0] == featcache.open(options.out).num_rows == 2
+
+
+def test_a_reason_follows_the_file(options: ExtractOptions) -> None:
+    path = options.data[0] / "0009.png"
+    data = write_captions(options.out.parent / "c.jsonl", [f"{i:04d}.png" for i in range(10)])
+    named = replace(options, data=(data,), image_root=options.data[0])
+
+    def swap(progress: ExtractProgress) -> None:
+        if (progress.stage, progress.done) == ("scan", 10):
+            path.write_bytes(b"other")
+
+    assert extract(named, swap).failures == {"changed": 1}
+    path.unlink()
+    assert extract(named).failures == {"missing": 1}
+
+
+def test_an_index_replaced_while_a_store_is_opened(
+    options: ExtractOptions, images_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(options)
+    write_images(images_dir / "more", 1, seed=1)
+    load = StoreInfo.load
+
+    def late(root: Path) -> StoreInfo:
+        info = load(root)
+        monkeypatch.setattr(StoreInfo, "load", load)
+        extract(options)
+        return info
+
+    monkeypatch.setattr(StoreInfo, "load", late)
+    assert featcache.open(options.out).num_images == 11
+
+
+def test_a_damaged_plan_is_one_line(options: ExtractOptions) -> None:
+    extract(options)
+    (options.out / "journal/plan-00000001.npz").write_bytes(b"")
+    with pytest.raises(CorruptStoreError, match=r"plan-00000001\.npz is damaged"):
+        extract(options)
 
 
 def test_moving_the_images_changes_nothing(options: ExtractOptions, tmp_path: Path) -> None:
