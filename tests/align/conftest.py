@@ -82,7 +82,7 @@ def llm(world: Path) -> FrozenLLM:
     return load_llm(LLMConfig(name=str(world / "qwen3")), torch.device("cpu"), torch.float32)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(world: Path) -> Callable[..., RunConfig]:
     """A config of a few quick steps; overrides as on the command line."""
 

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from align.config import load_config
+from align.config import RunConfig
 from align.run import Run, load_run
 from align.trainer import train
 from featcache.store import Store
 
-SETTINGS = (
-    "data.eval_ratio=0.4",
-    "connector.num_latents=4",
-    "connector.depth=1",
-    "connector.heads=2",
-    "connector.head_dim=16",
-    "optim.lr=3e-3",
-    "train.device=cpu",
-    "train.steps=6",
-    "train.batch_size=4",
-    "train.log_every=1",
-    "train.eval_every=3",
-    "train.sample_every=3",
-    "eval.max_new_tokens=8",
-)
-
 
 @pytest.fixture(scope="session")
-def trained(world: Path, store: Store) -> Path:
+def trained(world: Path, store: Store, make_config: Callable[..., RunConfig]) -> Path:
     """A finished run with sample captions; not to be written into."""
     out = world / "trained"
-    train(load_config(None, [f"llm.name={world / 'qwen3'}", *SETTINGS]), [store.path], out)
+    config = make_config(
+        "data.eval_ratio=0.4",
+        "train.sample_every=3",
+        "train.save_every=500",
+        "eval.max_new_tokens=8",
+    )
+    train(config, [store.path], out)
     return out
 
 
