@@ -5,7 +5,7 @@
       features/<layer>/zarr.json       (rows, P, D); one image an inner chunk, one shard a file
       features/<layer>/c/<shard>/0/0
       pooled/c/<shard>/0               (rows, D); the encoder's pooled output, where it has one
-      index/<n>/<array>/c/0           what is where; the attribute `index` names the valid one
+      index/<n>/<array>/c/0            what is where; the attribute `index` names the valid one
       journal/plan-<generation>.npz    which images go into which rows; written before any work
       journal/commit-<shard>.json      written last, when all of the shard's files are in place
 
@@ -31,7 +31,7 @@ from featcache.files import publish, publish_json, read_json
 
 FORMAT_VERSION = 1
 CHUNK_ALIGNMENT_BYTES = 4096
-"""Inner chunks start at multiples of this, so that O_DIRECT can read them (STORAGE.md)."""
+"""Inner chunks start at multiples of this, so that O_DIRECT can read them."""
 MISSING = np.uint64(2**64 - 1)
 """Offset and length of an absent inner chunk, by the Zarr sharding specification."""
 

@@ -214,7 +214,7 @@ def _record(entry: Any, origin: str, root: Path) -> Record:
 
 
 def _image_names(entry: dict[str, Any]) -> list[str]:
-    """`images` (seed 002) or `image`, one or a list; none where the text says so."""
+    """`images` (caption JSONL) or `image`, one or a list; none where the text says so."""
     value = entry.get("images", entry.get("image"))
     names = value if isinstance(value, list) else [value]
     found: list[str] = []
@@ -265,6 +265,6 @@ def _turns(value: Any) -> tuple[Turn, ...]:
             raise _UnusableError(f'a turn is from {role!r}; known are "human", "gpt" and "system"')
         turns.append(Turn(role, turn["value"]))
     if turns and turns[0].role == "gpt":
-        # As the originals do: an answer without a question is dropped (RECIPES, section 6).
+        # As Cambrian-S's train_fsdp.py does: an answer without a question is dropped.
         turns = turns[1:]
     return tuple(turns)

@@ -1,8 +1,7 @@
 """Random rows of stored features -> one reused buffer, by positional reads, ahead of need.
 
-Why this shape (measured in STORAGE.md of the design notes, repeated by
-benchmarks/bench_store.py): fresh memory per batch costs more than the read, worker processes
-lose to threads, and memory maps read several times too much when the data is larger than RAM.
+Why this shape: fresh memory per batch costs more than the read (benchmarks/bench_store.py), worker
+processes pay for it in every batch, and memory maps read too much when the data exceeds RAM.
 
 Letters: I images of a batch, P patches, D encoder width.
 """
