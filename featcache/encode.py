@@ -4,8 +4,9 @@ The batches of a shard are fixed by its plan (its slots in order, `batch_size` a
 across shards), so an image is always computed in the same batch.
 
 RAM: `SHARDS_IN_MEMORY` shard buffers of every layer, `BATCHES_AHEAD` batches of uint8 pixels, and
-one decoded image a worker; 645 MB, 28 MB and 537 MB a worker at the most for siglip2-so400m at 128
-images a shard and batches of 16 (the last is Pillow's bomb limit; a 12 megapixel photo is 36 MB).
+one decoded image a worker; 645 MB (fp16), 28 MB and 537 MB a worker at the most for siglip2-so400m
+at 128 images a shard and batches of 16 (the last is Pillow's bomb limit; a 12 megapixel photo is
+36 MB).
 
 Letters: B images of a batch, P patches, D encoder width.
 """
@@ -19,23 +20,29 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import ml_dtypes
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from featcache.codecs import Codec
+from featcache.codecs import (
+    CALIBRATION_IMAGES,
+    CODECS,
+    Codec,
+    StoredFeatures,
+    storing_problems,
+)
 from featcache.encoders import Encoder
 from featcache.errors import ImageError
 from featcache.images import decode, digest, read_bytes
 from featcache.journal import Plan
-from featcache.layout import ShardGeometry, Status
-from featcache.writer import ShardBuffer
+from featcache.layout import Status
+from featcache.writer import ShardBuffer, ShardSpec
 
 SHARDS_IN_MEMORY = 3
 """One being filled, one waiting, one being written."""
@@ -93,28 +100,17 @@ class ShardEncoder:
     """
 
     def __init__(
-        self,
-        root: Path,
-        encoder: Encoder,
-        codec: Codec,
-        geometry: ShardGeometry,
-        sources: Sources,
-        workers: int,
+        self, root: Path, encoder: Encoder, spec: ShardSpec, sources: Sources, workers: int
     ) -> None:
         """sources: where the image of a row may be."""
         # Pillow loads its plugins on first need, which two threads may have at once.
         Image.init()
         self._encoder = encoder
-        self._codec = codec
+        self._layers = {name: layer.to(encoder.device) for name, layer in spec.layers.items()}
+        self._pooled = next((c for c in CODECS.values() if c.dtype == spec.pooled_dtype), None)
         self._sources = sources
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="featcache-decode")
-        pooled_bytes = encoder.width * codec.itemsize if encoder.model.use_head else 0
-        buffers = [
-            ShardBuffer(list(encoder.layers), geometry, pooled_bytes)
-            for _ in range(SHARDS_IN_MEMORY)
-        ]
-        nan = np.array(np.nan, ml_dtypes.bfloat16 if codec.name == "bf16" else np.float16)
-        self._writer = _ShardWriter(root, buffers, nan.tobytes())
+        self._writer = _ShardWriter(root, [ShardBuffer(spec) for _ in range(SHARDS_IN_MEMORY)])
         self.seconds = dict.fromkeys(("decode", "wait", "encode", "write"), 0.0)
 
     def run(self, pending: Sequence[tuple[Plan, int]]) -> Iterator[tuple[int, int]]:
@@ -178,24 +174,17 @@ class ShardEncoder:
                     shard,
                     first,
                     [
-                        self._pool.submit(self._load, first_row + first + i, expected)
+                        self._pool.submit(
+                            load_pixels,
+                            self._encoder,
+                            self._sources,
+                            first_row + first + i,
+                            expected,
+                        )
                         for i, expected in enumerate(part)
                     ],
                     last=first + len(part) == len(digests),
                 )
-
-    def _load(self, row: int, expected: bytes) -> _Loaded:
-        """Read, check, decode and resize one image; runs on a decode thread."""
-        start = time.perf_counter()
-        size = (0, 0)
-        pixels, status, detail = None, Status.OK, ""
-        try:
-            data = _find(self._sources.paths(row), expected)
-            image, size = decode(data)
-            pixels = self._encoder.preprocess(image)
-        except ImageError as error:
-            status, detail = Status[error.reason.upper()], error.detail
-        return _Loaded(pixels, size, status, detail, time.perf_counter() - start)
 
     def _encode(self, first: int, loaded: Sequence[_Loaded], buffer: ShardBuffer) -> int:
         """Encode one batch into the buffer; returns how many of its images have no features."""
@@ -211,18 +200,24 @@ class ShardEncoder:
             np.stack([image.pixels for image in loaded if image.pixels is not None])
         )
         encoded = self._encoder.encode(pixels)
-        outputs = {f"layer {layer}": values for layer, values in encoded.features.items()}
-        if encoded.pooled is not None:
-            outputs["pooled"] = encoded.pooled
-        stored: dict[str, np.ndarray[Any, Any]] = {}
+        stored: dict[str, StoredFeatures] = {}
         reasons: list[str | None] = [None] * len(good)
-        for name, values in outputs.items():
-            kept, wrong = self._codec.encode(values)
-            stored[name] = _raw_bytes(kept)
-            reasons = [
-                old or (new and f"{new} ({name})") for old, new in zip(reasons, wrong, strict=True)
-            ]
-        pooled = stored.pop("pooled", None)
+
+        def note(wrong: list[str | None], output: str) -> None:
+            for i, reason in enumerate(wrong):
+                reasons[i] = reasons[i] or (reason and f"{reason} ({output})")
+
+        for name, values in encoded.features.items():
+            kept, wrong = self._layers[name].encode(values)
+            note(wrong, f"layer {name}")
+            stored[name] = kept.to("cpu")
+        pooled = None
+        if self._pooled is not None:
+            assert encoded.pooled is not None
+            pooled, _ = self._pooled.encode(encoded.pooled, None)
+            finite = self._pooled.is_finite(pooled, None)
+            note(storing_problems(encoded.pooled, finite, self._pooled), "pooled")
+            pooled = pooled.cpu()
         failed = len(loaded) - len(good)
         for j, i in enumerate(good):
             reason = reasons[j]
@@ -231,11 +226,23 @@ class ShardEncoder:
                 buffer.fail(first + i, Status[name.upper()], detail, loaded[i].size)
                 failed += 1
                 continue
-            features = {name.removeprefix("layer "): raw[j] for name, raw in stored.items()}
-            buffer.set(
-                first + i, features, pooled[j] if pooled is not None else None, loaded[i].size
-            )
+            features = {name: values[j : j + 1] for name, values in stored.items()}
+            buffer.set(first + i, features, None if pooled is None else pooled[j], loaded[i].size)
         return failed
+
+
+def load_pixels(encoder: Encoder, sources: Sources, row: int, expected: bytes) -> _Loaded:
+    """Read, check, decode and resize one image; runs on a decode thread."""
+    start = time.perf_counter()
+    size = (0, 0)
+    pixels, status, detail = None, Status.OK, ""
+    try:
+        data = _find(sources.paths(row), expected)
+        image, size = decode(data)
+        pixels = encoder.preprocess(image)
+    except ImageError as error:
+        status, detail = Status[error.reason.upper()], error.detail
+    return _Loaded(pixels, size, status, detail, time.perf_counter() - start)
 
 
 def _find(paths: Sequence[Path], expected: bytes) -> bytes:
@@ -261,9 +268,8 @@ def _find(paths: Sequence[Path], expected: bytes) -> bytes:
 class _ShardWriter:
     """Publishes full buffers on one background thread and hands them back empty."""
 
-    def __init__(self, root: Path, buffers: list[ShardBuffer], nan: bytes) -> None:
+    def __init__(self, root: Path, buffers: list[ShardBuffer]) -> None:
         self._root = root
-        self._nan = nan
         self._free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[ShardBuffer | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -297,14 +303,42 @@ class _ShardWriter:
         while (buffer := self._full.get()) is not None:
             if self._error is None:
                 try:
-                    commit = buffer.publish(self._root, self._nan)
+                    commit = buffer.publish(self._root)
                     self.seconds += commit.seconds["write"]
                 except BaseException as error:
                     self._error = error
             self._free.put(buffer)
 
 
-def _raw_bytes(values: Tensor) -> np.ndarray[Any, Any]:
-    """[B, ...] of a stored dtype -> uint8[B, bytes of one] on the CPU."""
-    flat = values.detach().cpu().contiguous().flatten(1)
-    return flat.view(torch.uint8).numpy()
+def calibrate(
+    encoder: Encoder, codec: Codec, plan: Plan, sources: Sources, workers: int
+) -> dict[str, Tensor]:
+    """{layer: float32[2, D] on the CPU}: a scaled codec's static channel values, measured on
+    `CALIBRATION_IMAGES` images spread evenly over the plan's (those after them where some fail).
+    """
+    Image.init()
+    count = len(plan.new_digests)
+    spread = np.linspace(0, count - 1, min(count, CALIBRATION_IMAGES)).round().astype(int).tolist()
+    order = [*dict.fromkeys(spread), *sorted({*range(count)} - {*spread})]
+
+    def pixels() -> Iterator[np.ndarray[Any, Any]]:
+        with ThreadPoolExecutor(workers, thread_name_prefix="featcache-decode") as pool:
+            for start in range(0, count, CALIBRATION_IMAGES):
+                part = order[start : start + CALIBRATION_IMAGES]
+                rows = [plan.first_row + i for i in part]
+                expected = [plan.new_digests[i] for i in part]
+                images = pool.map(load_pixels, repeat(encoder), repeat(sources), rows, expected)
+                yield from (image.pixels for image in images if image.pixels is not None)
+
+    taken: dict[str, list[Tensor]] = {layer: [] for layer in encoder.layers}
+    source = islice(pixels(), CALIBRATION_IMAGES)
+    while batch := list(islice(source, plan.batch_size)):
+        features = encoder.encode(torch.from_numpy(np.stack(batch))).features
+        for layer, values in features.items():
+            taken[layer].append(values.float().cpu())
+    shape = (0, encoder.num_patches, encoder.width)
+    measured = {
+        layer: codec.calibrate(torch.cat([torch.empty(shape), *values]))
+        for layer, values in taken.items()
+    }
+    return {layer: values for layer, values in measured.items() if values is not None}

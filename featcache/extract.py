@@ -9,29 +9,39 @@ planned: 1.2 GB for 558K images.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from featcache.codecs import Codec, get_codec
-from featcache.encode import ShardEncoder, Sources
+from featcache import layout
+from featcache.codecs import Codec, LayerCodec, get_codec
+from featcache.encode import ShardEncoder, Sources, calibrate
 from featcache.encoders import Encoder, load_encoder
 from featcache.errors import ConfigError, CorruptStoreError, ManifestError, StoreError
-from featcache.files import publish_json, sweep
+from featcache.files import publish_json
 from featcache.fingerprint import fingerprint, require_same
-from featcache.index import Index, compile_index, write_group
-from featcache.journal import Journal, Plan, merge, num_rows
-from featcache.layout import ShardGeometry, Status, StoreInfo, array_metadata, features_path
+from featcache.index import Index, compile_index
+from featcache.journal import Journal, Plan, locked, merge, num_rows
+from featcache.layout import (
+    Status,
+    StoreInfo,
+    array_checksum,
+    array_metadata,
+    features_path,
+    write_array,
+)
 from featcache.manifests import Manifest, read_manifest
 from featcache.planning import plan_extraction
-from featcache.writer import write_error
+from featcache.store import shard_spec
+from featcache.writer import ShardSpec, write_error
 
 DEFAULT_BATCH_SIZE = {"cuda": 64, "cpu": 16}
 DEFAULT_SHARD_IMAGES = 128
@@ -126,7 +136,7 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
     )
     try:
         _require_ours(options.out)
-        with _locked(options.out, create=not options.dry_run):
+        with contextlib.nullcontext() if options.dry_run else locked(options.out):
             result = _update(options, encoder, codec, manifest, keys, on_progress)
     except OSError as error:
         raise write_error(options.out, error) from error
@@ -144,7 +154,7 @@ def _update(
     """Plan, encode and commit into a locked store; in a dry run only plan. Raises as `extract`."""
     out, root = options.out, manifest.image_root.absolute()
     info = _describe(encoder, codec, options, manifest)
-    journal = Journal.load(out)
+    journal = Journal.load(out, info.generation)
     on_progress(ExtractProgress("scan", 0, len(keys)))
     plan = plan_extraction(
         journal,
@@ -160,10 +170,13 @@ def _update(
         plans.append(plan)
         pending += [(plan, shard) for shard in plan.shards]
     new = sum(len(each.digests_of(shard)) for each, shard in pending)
-    geometry = ShardGeometry(
-        info.shard_images, encoder.num_patches * encoder.width * codec.itemsize
+    blank = ShardSpec(
+        info.shard_images,
+        {layer: LayerCodec(codec, info.num_patches, info.width) for layer in info.layers},
+        codec.pooled_dtype if info.pooled else None,
+        info.width,
     )
-    nbytes = len(info.layers) * (new * geometry.pitch_bytes + len(pending) * geometry.index_bytes)
+    nbytes = len(pending) * blank.shard_bytes
     free_bytes = _require_space(options, nbytes)
 
     if options.dry_run:
@@ -171,12 +184,16 @@ def _update(
         failures = Counter(missing[key].reason for key in keys if key in missing)
     else:
         prepare_store(out, info, codec, plans, plan)
-        if plan or pending or not _index_is_current(out, info, journal):
+        on_progress(ExtractProgress("encode", 0, new))
+        if pending:
             sources = Sources(plans, root)
-            with ShardEncoder(out, encoder, codec, geometry, sources, options.workers) as work:
-                on_progress(ExtractProgress("encode", 0, new))
+            if codec.scaled:
+                _calibrate(out, info, encoder, codec, plans, sources, options.workers)
+            spec = shard_spec(out, info)
+            with ShardEncoder(out, encoder, spec, sources, options.workers) as work:
                 for done, failed in work.run(pending):
                     on_progress(ExtractProgress("encode", done, new, failed, work.seconds))
+        if plan or pending or not _index_is_current(out, info, journal):
             compile_index(out, info, Journal.load(out))
         index = Index.load(out, info)
         rows = zip(keys, index.find(keys).tolist(), strict=True)
@@ -264,32 +281,71 @@ def prepare_store(
     """Everything that must be in place before the first shard. The root's metadata come first:
     by them a begun store is known as one. The plan comes last. Raises OSError."""
     info.save(root)
-    rows = num_rows(plans)
-    shards = -(-rows // info.shard_images)
-    image = (info.num_patches, info.width)
-    write_group(root / "features")
-    for layer in info.layers:
-        metadata = array_metadata(
-            (rows, *image),
-            codec.zarr_dtype,
-            chunk=(info.shard_images, *image),
-            inner_chunk=(1, *image),
-            # A row without features reads as NaN, never as zeros.
-            fill_value="NaN",
-        )
-        publish_json(root / features_path(layer) / "zarr.json", metadata)
-    if info.pooled:
-        metadata = array_metadata(
-            (rows, info.width),
-            codec.zarr_dtype,
-            chunk=(info.shard_images, info.width),
-            fill_value="NaN",
-        )
-        publish_json(root / "pooled" / "zarr.json", metadata)
-    journal = array_metadata((shards,), "uint8", chunk=(max(1, shards),))
-    publish_json(root / "journal" / "zarr.json", journal)
+    for path, document in metadata(info, codec, num_rows(plans)).items():
+        publish_json(root / path, document)
     if new:
         new.save(root)
+
+
+def metadata(info: StoreInfo, codec: Codec, rows: int) -> dict[str, Any]:
+    """{path: document} of the zarr.json of every group, and of every array that grows with the
+    store."""
+    shards = -(-rows // info.shard_images)
+    patches, width = info.num_patches, info.width
+    codes = (patches, codec.code_width(width))
+    found: dict[str, Any] = {"features/zarr.json": layout.group_metadata()}
+    for layer in info.layers:
+        found[f"{features_path(layer)}/zarr.json"] = array_metadata(
+            (rows, *codes),
+            codec.zarr_dtype,
+            chunk=(info.shard_images, *codes),
+            inner_chunk=(1, *codes),
+            # A row without features reads as NaN, never as zeros.
+            fill_value=codec.fill_value,
+        )
+    if codec.scaled:
+        found["scales/zarr.json"] = found["channels/zarr.json"] = layout.group_metadata()
+        for layer in info.layers:
+            found[f"scales/{layer}/zarr.json"] = array_metadata(
+                (rows, patches), "float32", chunk=(info.shard_images, patches), fill_value="NaN"
+            )
+    if info.pooled:
+        found["pooled/zarr.json"] = array_metadata(
+            (rows, width),
+            str(codec.pooled_dtype).removeprefix("torch."),
+            chunk=(info.shard_images, width),
+            fill_value="NaN",
+        )
+    # An array, so that tools that walk the hierarchy do not look into its folder.
+    found["journal/zarr.json"] = array_metadata((shards,), "uint8", chunk=(max(1, shards),))
+    return found
+
+
+def _calibrate(
+    root: Path,
+    info: StoreInfo,
+    encoder: Encoder,
+    codec: Codec,
+    plans: Sequence[Plan],
+    sources: Sources,
+    workers: int,
+) -> None:
+    """Measure the channel values of a scaled codec, once in a store's life. Raises OSError."""
+    paths = {layer: layout.channels_path(layer) for layer in info.layers}
+    if all(path in info.checksums for path in paths.values()):
+        return
+    plan = next(plan for plan in plans if plan.new_digests)
+    for layer, channels in calibrate(encoder, codec, plan, sources, workers).items():
+        write_channels(root, info, layer, channels)
+    info.save(root)
+
+
+def write_channels(root: Path, info: StoreInfo, layer: str, channels: Tensor) -> None:
+    """Publish a layer's channel values, twice, and note their checksum. Raises OSError."""
+    path = layout.channels_path(layer)
+    write_array(root / layout.copy_path(path), channels.numpy())
+    write_array(root / path, channels.numpy())
+    info.checksums[path] = array_checksum(channels.numpy())
 
 
 def _require_space(options: ExtractOptions, needed: int) -> int:
@@ -304,25 +360,3 @@ def _require_space(options: ExtractOptions, needed: int) -> int:
             "free; free some space, choose another --out, or take fewer images with --limit"
         )
     return free
-
-
-@contextmanager
-def _locked(root: Path, *, create: bool) -> Iterator[None]:
-    """Hold the store for writing, and sweep what a killed run left.
-
-    The lock is the kernel's and goes with the process. Raises StoreError where another has it.
-    """
-    if not create:
-        yield
-        return
-    journal = root / "journal"
-    journal.mkdir(parents=True, exist_ok=True)
-    with (journal / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(
-                f"another extraction is writing {root}; wait for it, or stop it and run again"
-            ) from None
-        sweep(root)
-        yield

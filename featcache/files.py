@@ -2,6 +2,9 @@
 
 Every file of a store is written under a temporary name beside its place, synced, and renamed.
 A temporary name starts with `PARTIAL`; what a killed process leaves is swept by the next run.
+
+What is vital carries its checksum: a *sealed* file is read back only where not a byte of it has
+changed.
 """
 
 from __future__ import annotations
@@ -9,15 +12,29 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 PARTIAL = ".partial-"
+_BLOCK_BYTES = 1 << 20
 
 
-def publish(path: Path, parts: Iterable[bytes | memoryview]) -> int:
-    """Write `parts` one after the other to `path`, atomically; returns the bytes written.
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a file was when it was published: its length, and xxh3_64 of its bytes in hex."""
 
+    nbytes: int
+    xxh3_64: str
+
+
+def publish(path: Path, parts: Iterable[bytes | memoryview | int]) -> Seal:
+    """Write `parts` one after the other to `path`, atomically.
+
+    parts: bytes, or how many zero bytes to skip: a hole takes no space where the file system knows
+    sparse files.
     Raises OSError as the file system gives it (ENOSPC, EACCES, ...); `path` is then untouched.
     """
     unsynced = [path.parent]
@@ -26,12 +43,20 @@ def publish(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
     try:
+        checksum = xxhash.xxh3_64()
         with partial.open("wb", buffering=0) as file:
             for part in parts:
+                if isinstance(part, int):
+                    for start in range(0, part, len(_ZEROS)):
+                        checksum.update(_ZEROS[: part - start])
+                    file.seek(part, os.SEEK_CUR)
+                    continue
                 rest = memoryview(part).cast("B")
+                checksum.update(rest)
                 while rest:
                     rest = rest[file.write(rest) or 0 :]
-            size = file.tell()
+            nbytes = file.tell()
+            file.truncate(nbytes)
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
@@ -39,7 +64,15 @@ def publish(path: Path, parts: Iterable[bytes | memoryview]) -> int:
         raise
     for directory in unsynced:
         sync(directory)
-    return size
+    return Seal(nbytes, checksum.hexdigest())
+
+
+_ZEROS = bytes(_BLOCK_BYTES)
+
+
+def render_json(document: object) -> bytes:
+    """As every JSON file of a store is written. Raises ValueError for NaN or infinity."""
+    return json.dumps(document, indent=1, allow_nan=False).encode()
 
 
 def publish_json(path: Path, document: object) -> None:
@@ -47,7 +80,7 @@ def publish_json(path: Path, document: object) -> None:
 
     Raises OSError, and ValueError for NaN or infinity.
     """
-    content = json.dumps(document, indent=1, allow_nan=False).encode()
+    content = render_json(document)
     if not (path.is_file() and path.read_bytes() == content):
         publish(path, [content])
 
@@ -55,6 +88,55 @@ def publish_json(path: Path, document: object) -> None:
 def read_json(path: Path) -> Any:
     """The JSON document at `path`. Raises FileNotFoundError, and ValueError where it is no JSON."""
     return json.loads(path.read_bytes())
+
+
+def with_checksum(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the checksum of all its other fields as its last one.
+
+    Of their values, not of their order or the blanks between them: other tools may write it again.
+    """
+    fields = {key: value for key, value in document.items() if key != "checksum"}
+    canonical = json.dumps(fields, sort_keys=True, allow_nan=False).encode()
+    return {**fields, "checksum": xxhash.xxh3_64_hexdigest(canonical)}
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """What `publish_json` of `with_checksum` wrote. Raises OSError, and ValueError for any change,
+    be it only of a blank."""
+    content = path.read_bytes()
+    document: dict[str, Any] = json.loads(content)
+    if not isinstance(document, dict) or render_json(with_checksum(document)) != content:
+        raise ValueError("it does not match its checksum")
+    return document
+
+
+def publish_sealed(path: Path, content: bytes | memoryview) -> None:
+    """`publish` of the content and, behind it, 8 bytes of xxh3_64 of it, little-endian."""
+    publish(path, [content, xxhash.xxh3_64_intdigest(content).to_bytes(8, "little")])
+
+
+def read_sealed(path: Path) -> bytes:
+    """What `publish_sealed` was given. Raises OSError, and ValueError for any change."""
+    raw = path.read_bytes()
+    content, checksum = raw[:-8], raw[-8:]
+    if xxhash.xxh3_64_intdigest(content).to_bytes(8, "little") != checksum:
+        raise ValueError("it does not match its checksum")
+    return content
+
+
+def seal_of(*paths: Path) -> Seal:
+    """The seal of files as they are now, one after the other; reads them once in small blocks.
+
+    Raises OSError.
+    """
+    checksum, nbytes = xxhash.xxh3_64(), 0
+    block = bytearray(_BLOCK_BYTES)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                checksum.update(memoryview(block)[:count])
+                nbytes += count
+    return Seal(nbytes, checksum.hexdigest())
 
 
 def sweep(root: Path) -> int:

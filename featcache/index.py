@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from featcache.journal import (
     pack_failures,
     unpack_failures,
 )
-from featcache.layout import Status, StoreInfo, read_array, write_array
+from featcache.layout import Status, StoreInfo, array_checksum, read_array, write_array
 
 
 @dataclass(slots=True)
@@ -39,8 +39,8 @@ class Index:
     key_hash: uint64[K] ascending xxh3_64 of the keys; key_bytes, key_ends: their UTF-8 text, one
     after the other in that order; key_rows: int64[K], -1 where the image has no row.
     digests: uint8[R, 16]; status: uint8[R]; sizes: int32[R, 2] original width and height;
-    chunks: {layer: uint64[R, 2]} offset and length within the row's shard file;
-    checksums: {layer: uint64[R]}.
+    checksums: {layer or "pooled": uint64[R]} xxh3_64 of a row's stored bytes;
+    packed_failures: uint8, see `failures`.
     """
 
     key_hash: np.ndarray[Any, Any]
@@ -50,13 +50,21 @@ class Index:
     digests: np.ndarray[Any, Any]
     status: np.ndarray[Any, Any]
     sizes: np.ndarray[Any, Any]
-    chunks: dict[str, np.ndarray[Any, Any]]
     checksums: dict[str, np.ndarray[Any, Any]]
-    failures: dict[str, Failure]
+    packed_failures: np.ndarray[Any, Any]
+    _failures: dict[str, Failure] | None = field(default=None, init=False, repr=False)
 
     @property
     def num_rows(self) -> int:
         return len(self.status)
+
+    @property
+    def failures(self) -> dict[str, Failure]:
+        """The ledger by image key; parsed when it is first asked for."""
+        if self._failures is None:
+            found = unpack_failures(self.packed_failures)
+            self._failures = {failure.key: failure for failure in found}
+        return self._failures
 
     def find(self, keys: Sequence[str]) -> np.ndarray[Any, Any]:
         """int64[len(keys)]: each key's row if it has features, else -1."""
@@ -87,19 +95,24 @@ class Index:
     def load(cls, root: Path, info: StoreInfo) -> Index:
         """Raises CorruptStoreError."""
         assert info.index is not None
-        base = root / info.index
-        plain = {name: read_array(base / name) for name in _PLAIN}
+
+        def read(name: str) -> np.ndarray[Any, Any]:
+            path = f"{info.index}/{name}"
+            return read_array(root, path, info.checksums.get(path, ""))
+
         return cls(
-            **plain,
-            chunks={layer: read_array(base / "chunks" / layer) for layer in info.layers},
-            checksums={layer: read_array(base / "checksums" / layer) for layer in info.layers},
-            failures={
-                failure.key: failure for failure in unpack_failures(read_array(base / "failures"))
-            },
+            **{name: read(name) for name in _PLAIN},
+            checksums={name: read(f"checksums/{name}") for name in checksummed(info)},
+            packed_failures=read("failures"),
         )
 
 
 _PLAIN = ("key_hash", "key_bytes", "key_ends", "key_rows", "digests", "status", "sizes")
+
+
+def checksummed(info: StoreInfo) -> list[str]:
+    """The names that a row's checksums go by: its layers, and "pooled" where there is one."""
+    return [*info.layers, *(["pooled"] if info.pooled else [])]
 
 
 def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
@@ -107,18 +120,39 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
 
     The new index is written beside the old one, which stays valid until the root attributes are
     replaced in one go and is removed afterwards.
-    Raises CorruptStoreError for a shard whose index does not match its crc32c, OSError.
+    Raises OSError.
     """
+    name = _next_name(root)
+    base = root / name
+    arrays = build_arrays(root, info, journal)
+    for path, values in arrays.items():
+        write_array(base / path, values)
+    for group in ("index", name, f"{name}/checksums"):
+        write_group(root / group)
+    others = {
+        path: checksum for path, checksum in info.checksums.items() if not path.startswith("index/")
+    }
+    of_index = {f"{name}/{path}": array_checksum(values) for path, values in arrays.items()}
+    info.checksums = {**others, **of_index}
+    info.index = name
+    info.generation = journal.plans[-1].generation
+    info.save(root)
+    for old in (root / "index").iterdir():
+        if old.is_dir() and old != base:
+            shutil.rmtree(old)
+
+
+def build_arrays(root: Path, info: StoreInfo, journal: Journal) -> dict[str, np.ndarray[Any, Any]]:
+    """The index's arrays by name, worked out from the journal alone."""
     assert not journal.pending
     rows = len(journal.status)
     sizes = np.zeros((rows, 2), np.int32)
     digests = np.zeros((rows, DIGEST_BYTES), np.uint8)
-    chunks = {layer: np.full((rows, 2), layout.MISSING, np.uint64) for layer in info.layers}
-    checksums = {layer: np.zeros(rows, np.uint64) for layer in info.layers}
+    checksums = {name: np.zeros(rows, np.uint64) for name in checksummed(info)}
     details: dict[int, str] = {}
     for plan in journal.plans:
         for shard in plan.shards:
-            commit = Commit.load(root, shard)
+            commit = Commit.load_record(root, shard)
             assert commit is not None
             first = shard * plan.shard_images
             here = slice(first, min(first + plan.shard_images, plan.end_row))
@@ -128,18 +162,8 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
                 sizes[row] = record.size
                 if record.status != Status.OK:
                     details[row] = record.detail
-                for layer, checksum in record.checksums.items():
-                    checksums[layer][row] = checksum
-            for layer in info.layers:
-                table = read_shard_index(root / layout.shard_path(layer, shard), info.shard_images)
-                chunks[layer][here] = table[: here.stop - here.start]
-                there = chunks[layer][here, 1] != layout.MISSING
-                if (there != (journal.status[here] == Status.OK)).any():
-                    raise CorruptStoreError(
-                        f"{root / layout.shard_path(layer, shard)} holds other images than its "
-                        f"commit record says; remove {layout.commit_path(shard)} and rerun "
-                        "`featcache extract`"
-                    )
+                for name, checksum in record.checksums.items():
+                    checksums[name][row] = checksum
 
     known = merge(journal.plans)
     row_of_key, missing = known.rows, known.missing
@@ -152,7 +176,7 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
     hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, encoded), np.uint64, len(encoded))
     order = np.argsort(hashes, kind="stable")
     ordered = [encoded[i] for i in order.tolist()]
-    arrays: dict[str, np.ndarray[Any, Any]] = {
+    return {
         "key_hash": hashes[order],
         "key_bytes": np.frombuffer(b"".join(ordered), np.uint8),
         "key_ends": np.cumsum([len(key) for key in ordered], dtype=np.uint64),
@@ -161,21 +185,8 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
         "status": journal.status,
         "sizes": sizes,
         "failures": pack_failures(failures),
-        **{f"chunks/{layer}": table for layer, table in chunks.items()},
-        **{f"checksums/{layer}": sums for layer, sums in checksums.items()},
+        **{f"checksums/{name}": sums for name, sums in checksums.items()},
     }
-    name = _next_name(root)
-    base = root / name
-    for path, values in arrays.items():
-        write_array(base / path, values)
-    for group in ("index", name, f"{name}/chunks", f"{name}/checksums"):
-        write_group(root / group)
-    info.index = name
-    info.generation = journal.plans[-1].generation
-    info.save(root)
-    for old in (root / "index").iterdir():
-        if old.is_dir() and old != base:
-            shutil.rmtree(old)
 
 
 def _next_name(root: Path) -> str:
@@ -193,9 +204,9 @@ def read_shard_index(path: Path, images: int) -> np.ndarray[Any, Any]:
             return layout.decode_shard_index(file.read(length), path)
     except OSError as error:
         raise CorruptStoreError(
-            f"{path} cannot be read ({error.strerror}); rerun `featcache extract` to write it again"
+            f"{path} cannot be read ({error.strerror}); `featcache verify --repair` writes it again"
         ) from None
 
 
 def write_group(path: Path) -> None:
-    publish_json(path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
+    publish_json(path / "zarr.json", layout.group_metadata())

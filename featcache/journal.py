@@ -2,14 +2,17 @@
 
 A *plan* fixes which images get which rows before any work and never changes. A *commit record* is
 written last, when all files of its shard are in place; a shard without a whole one does not exist.
+All of them are sealed: not a byte of them can change unseen.
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,16 @@ from typing import Any
 import numpy as np
 
 from featcache import layout
-from featcache.errors import CorruptStoreError
-from featcache.files import publish, publish_json, read_json
+from featcache.errors import CorruptStoreError, StoreError
+from featcache.files import (
+    Seal,
+    publish_json,
+    publish_sealed,
+    read_sealed,
+    read_sealed_json,
+    sweep,
+    with_checksum,
+)
 from featcache.layout import Status
 
 DIGEST_BYTES = 16
@@ -77,7 +88,7 @@ class Plan:
         return self.new_digests[start : start + self.shard_images]
 
     def save(self, root: Path) -> None:
-        """Publish it under journal/. Raises OSError."""
+        """Publish it under journal/, and then its second copy. Raises OSError."""
         buffer = io.BytesIO()
         head = [self.generation, self.first_shard, self.shard_images, self.batch_size]
         np.savez(
@@ -89,13 +100,15 @@ class Plan:
             missing=pack_failures(self.missing),
             digests=np.frombuffer(b"".join(self.new_digests), np.uint8),
         )
-        publish(root / layout.plan_path(self.generation), [buffer.getbuffer()])
+        path = layout.plan_path(self.generation)
+        for place in (path, layout.copy_path(path)):
+            publish_sealed(root / place, buffer.getbuffer())
 
     @classmethod
     def load(cls, path: Path) -> Plan:
         """Raises CorruptStoreError."""
         try:
-            with np.load(path) as data:
+            with np.load(io.BytesIO(read_sealed(path))) as data:
                 generation, first_shard, shard_images, batch_size = map(int, data["head"])
                 flat = data["digests"].tobytes()
                 return cls(
@@ -110,8 +123,10 @@ class Plan:
                     [flat[i : i + DIGEST_BYTES] for i in range(0, len(flat), DIGEST_BYTES)],
                 )
         except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise CorruptStoreError(
-                f"{path} is damaged ({error}); remove the store and extract again"
+                f"{path} is damaged ({reason}); `featcache verify {path.parent.parent} --repair` "
+                "restores it"
             ) from None
 
 
@@ -121,7 +136,7 @@ class RowRecord:
 
     status: `Status` value. detail: for the ledger, empty where the row is fine.
     size: original (width, height) in pixels, (0, 0) where unknown.
-    checksums: {layer: xxh3_64 of the stored bytes}.
+    checksums: xxh3_64 of the stored bytes, {layer: of codes and then scales, "pooled": ...}.
     """
 
     status: int = Status.UNUSED
@@ -134,32 +149,47 @@ class RowRecord:
 class Commit:
     """The commit record of one shard: journal/commit-<shard>.json.
 
-    files: {path within the store: bytes}. seconds: time spent per stage. versions: of the
-    libraries that computed it.
+    files: {path within the store: what was written}. seconds: time spent per stage. versions: of
+    the libraries that computed it.
     """
 
     shard: int
     rows: list[RowRecord]
-    files: dict[str, int]
+    files: dict[str, Seal]
     seconds: dict[str, float]
     versions: dict[str, str]
 
     def save(self, root: Path) -> None:
         """Publish it under journal/. Raises OSError."""
-        publish_json(root / layout.commit_path(self.shard), asdict(self))
+        publish_json(root / layout.commit_path(self.shard), with_checksum(asdict(self)))
 
     @classmethod
     def load(cls, root: Path, shard: int) -> Commit | None:
-        """None where the shard is not there as a whole: no record, one that does not parse, or
-        files missing or of another length. It is then written again, to the same bytes."""
+        """None where the shard is not there as a whole: no record, one that was changed, or files
+        missing or of another length. It is then written again, to the same bytes."""
+        commit = cls.load_record(root, shard)
         try:
-            document = read_json(root / layout.commit_path(shard))
-            rows = [RowRecord(**{**row, "size": tuple(row["size"])}) for row in document["rows"]]
-            commit = cls(**{**document, "rows": rows})
-            whole = all((root / path).stat().st_size == n for path, n in commit.files.items())
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            whole = commit is not None and all(
+                (root / path).stat().st_size == seal.nbytes for path, seal in commit.files.items()
+            )
+        except FileNotFoundError:
             return None
         return commit if whole else None
+
+    @classmethod
+    def load_record(cls, root: Path, shard: int) -> Commit | None:
+        """The record as such, whatever became of the files it vouches for."""
+        try:
+            document = read_sealed_json(root / layout.commit_path(shard))
+        except (FileNotFoundError, ValueError):
+            return None
+        return cls(
+            shard=document["shard"],
+            rows=[RowRecord(**{**row, "size": tuple(row["size"])}) for row in document["rows"]],
+            files={path: Seal(**seal) for path, seal in document["files"].items()},
+            seconds=document["seconds"],
+            versions=document["versions"],
+        )
 
 
 @dataclass(slots=True)
@@ -179,9 +209,16 @@ class Journal:
         return sum(plan.num_shards for plan in self.plans)
 
     @classmethod
-    def load(cls, root: Path) -> Journal:
-        """Raises CorruptStoreError."""
-        plans = [Plan.load(path) for path in sorted((root / "journal").glob("plan-*.npz"))]
+    def load(cls, root: Path, generation: int = 0) -> Journal:
+        """generation: of the last plan that must be there, as the store's description says.
+
+        Raises CorruptStoreError.
+        """
+        found = {path.name for path in (root / "journal").glob("plan-*.npz")}
+        copies = {path.name for path in (root / layout.copy_path("")).glob("plan-*.npz")}
+        known = max(generation, len(found), len(copies))
+        paths = [root / layout.plan_path(number) for number in range(1, known + 1)]
+        plans = [Plan.load(path) for path in paths]
         status = np.full(num_rows(plans), Status.UNUSED, np.uint8)
         pending = []
         for plan in plans:
@@ -194,6 +231,26 @@ class Journal:
                 here = status[first : min(first + plan.shard_images, plan.end_row)]
                 here[:] = [record.status for record in commit.rows[: len(here)]]
         return cls(plans, status, pending)
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold a store for writing, and sweep what a killed run left.
+
+    The lock is the kernel's and goes with the process. Raises StoreError where another has it,
+    OSError where the store cannot be written.
+    """
+    journal = root / "journal"
+    journal.mkdir(parents=True, exist_ok=True)
+    with (journal / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                f"another process is writing {root}; wait for it, or stop it and run again"
+            ) from None
+        sweep(root)
+        yield
 
 
 def num_rows(plans: Sequence[Plan]) -> int:

@@ -2,34 +2,47 @@
 
     store.zarr/
       zarr.json                        group; attributes["featcache"] = StoreInfo
-      features/<layer>/zarr.json       (rows, P, D); one image an inner chunk, one shard a file
+      features/<layer>/zarr.json       (rows, P, C); one image an inner chunk, one shard a file
       features/<layer>/c/<shard>/0/0
+      scales/<layer>/c/<shard>/0       (rows, P) float32; of a scaled codec
+      channels/<layer>/c/0/0           (2, D) float32, offset and scale; of a scaled codec
       pooled/c/<shard>/0               (rows, D); the encoder's pooled output, where it has one
       index/<n>/<array>/c/0            what is where; the attribute `index` names the valid one
       journal/plan-<generation>.npz    which images go into which rows; written before any work
       journal/commit-<shard>.json      written last, when all of the shard's files are in place
+      journal/copy/                    second copies of what nothing else could tell: the root's
+                                       zarr.json, the plans, the channels
 
 Everything but the journal's files is plain Zarr v3. The journal lies inside an array node, where
 tools that walk a hierarchy do not look, so they do not stumble over it.
 
-Letters: P patches, D encoder width.
+Letters: P patches, D encoder width, C codes of a patch.
 """
 
 from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
+import xxhash
 
 from featcache.errors import CorruptStoreError, StoreError
-from featcache.files import publish, publish_json, read_json
+from featcache.files import (
+    publish,
+    publish_json,
+    read_json,
+    render_json,
+    seal_of,
+    with_checksum,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHUNK_ALIGNMENT_BYTES = 4096
 """Inner chunks start at multiples of this, so that O_DIRECT can read them."""
 MISSING = np.uint64(2**64 - 1)
@@ -48,6 +61,7 @@ class Status(enum.IntEnum):
     CHANGED = 6  # the file's bytes changed between the scan and the encoding
     MISSING = 7
     UNREADABLE = 8
+    DROPPED = 9  # by `featcache gc`: no image key meant it any more
 
     @property
     def reason(self) -> str:
@@ -65,6 +79,8 @@ class StoreInfo:
     index: path of the valid index within the store; None until the first extraction finished.
     generation: number of the last plan that the index covers.
     source: the data files and the image root of the latest extraction, for `align train`.
+    checksums: of the arrays that an opened store relies on, {path: xxh3_64 of metadata and values}:
+    those of the index, and `channels/<layer>`.
     """
 
     fingerprint: dict[str, Any]
@@ -77,43 +93,75 @@ class StoreInfo:
     index: str | None = None
     generation: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
-    def save(self, root: Path) -> None:
-        """Publish the root group's metadata. Raises OSError."""
-        document = {
+    def document(self) -> dict[str, Any]:
+        """The root group's metadata, sealed by a checksum of the attributes."""
+        return {
             "zarr_format": 3,
             "node_type": "group",
-            "attributes": {"featcache": asdict(self)},
+            "attributes": {"featcache": with_checksum(asdict(self))},
         }
-        publish_json(root / "zarr.json", document)
+
+    def save(self, root: Path) -> None:
+        """Publish the root group's metadata, and its second copy. Raises OSError."""
+        publish_json(root / "zarr.json", self.document())
+        publish_json(root / copy_path("zarr.json"), self.document())
 
     @classmethod
     def load(cls, root: Path) -> StoreInfo:
-        """Raises StoreError where `root` is no store, or one of a newer format."""
+        """Raises StoreError where `root` is no store, or one of a newer format, and
+        CorruptStoreError where its description was changed."""
         try:
             attributes = read_json(root / "zarr.json")["attributes"]["featcache"]
+            version = attributes.get("format_version")
         except FileNotFoundError:
+            copy = root / copy_path("zarr.json")
+            if copy.exists():
+                raise CorruptStoreError(
+                    f"{root}/zarr.json is gone; `featcache verify {root} --repair` restores it"
+                ) from None
             hint = "it has no zarr.json" if root.exists() else "no such directory"
             raise StoreError(
                 f"{root} is not a feature store ({hint}); make one with `featcache extract`"
             ) from None
         except PermissionError as error:
             raise StoreError(f"{root}: {error.strerror}; check its permissions") from None
-        except (ValueError, KeyError, TypeError, NotADirectoryError):
-            raise StoreError(
-                f"{root}/zarr.json does not describe a feature store; was it made by featcache?"
+        except NotADirectoryError:
+            raise StoreError(f"{root} is a file, not a feature store") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CorruptStoreError(
+                f"{root}/zarr.json does not describe a feature store; if featcache made it, "
+                f"`featcache verify {root} --repair` restores it"
             ) from None
-        version = attributes.get("format_version")
         if version != FORMAT_VERSION:
             raise StoreError(
                 f"{root} has store format {version}, this featcache reads {FORMAT_VERSION}; "
                 "upgrade featcache or extract again"
             )
-        try:
-            return cls(**attributes)
-        except TypeError as error:
-            raise StoreError(f"{root}/zarr.json was changed by hand: {error}") from None
+        if with_checksum(attributes) != attributes:
+            raise CorruptStoreError(
+                f"{root}/zarr.json was changed after it was written (its attributes do not match "
+                f"their checksum); `featcache verify {root} --repair` restores it"
+            )
+        del attributes["checksum"]
+        return cls(**attributes)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the rows of an array lie as bytes: row r is number r % rows_per_file of file
+    r // rows_per_file, and every row of a file follows the one before at the same distance.
+
+    row_bytes: of one row. pitch_bytes: from one row to the next. start_bytes: of a file's first.
+    """
+
+    paths: Callable[[int], Path]
+    rows_per_file: int
+    row_bytes: int
+    pitch_bytes: int
+    start_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +201,8 @@ def decode_shard_index(raw: bytes, where: Path) -> np.ndarray[Any, Any]:
     """
     if google_crc32c.value(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
         raise CorruptStoreError(
-            f"{where}: the shard index does not match its crc32c; extract this shard again "
-            "(remove its commit record from journal/ and rerun `featcache extract`)"
+            f"{where}: the shard index does not match its crc32c; `featcache verify --repair` "
+            "writes the shard again"
         )
     return np.frombuffer(raw[:-4], dtype="<u8").reshape(-1, 2)
 
@@ -167,6 +215,19 @@ def shard_path(layer: str, shard: int) -> str:
     return f"features/{layer}/c/{shard}/0/0"
 
 
+def scales_path(layer: str, shard: int) -> str:
+    return f"scales/{layer}/c/{shard}/0"
+
+
+def channels_path(layer: str) -> str:
+    return f"channels/{layer}"
+
+
+def copy_path(path: str) -> str:
+    """Where the second copy of a vital file lies."""
+    return f"journal/copy/{path.removeprefix('journal/')}"
+
+
 def pooled_path(shard: int) -> str:
     return f"pooled/c/{shard}/0"
 
@@ -177,6 +238,11 @@ def plan_path(generation: int) -> str:
 
 def commit_path(shard: int) -> str:
     return f"journal/commit-{shard:08d}.json"
+
+
+def group_metadata() -> dict[str, Any]:
+    """Zarr v3 metadata of a group without attributes."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
 def array_metadata(
@@ -226,28 +292,52 @@ def array_metadata(
 
 def write_array(path: Path, values: np.ndarray[Any, Any]) -> None:
     """Publish `values` as a Zarr array of one uncompressed chunk. Raises OSError."""
-    values = np.ascontiguousarray(values)
-    key = "/".join(["c"] + ["0"] * values.ndim)
+    metadata, chunk = render_array(values)
     if values.size:
-        publish(path / key, [values.astype(values.dtype.newbyteorder("<"), copy=False).data])
+        publish(array_files(path, values.ndim)[1], [chunk])
+    publish(path / "zarr.json", [metadata])
+
+
+def render_array(values: np.ndarray[Any, Any]) -> tuple[bytes, memoryview]:
+    """The bytes of the two files that `write_array` writes."""
+    values = np.ascontiguousarray(values)
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
     chunk = tuple(max(1, n) for n in values.shape)
-    publish_json(path / "zarr.json", array_metadata(values.shape, values.dtype.name, chunk=chunk))
+    metadata = array_metadata(values.shape, values.dtype.name, chunk=chunk)
+    return render_json(metadata), little.reshape(-1).view(np.uint8).data
 
 
-def read_array(path: Path) -> np.ndarray[Any, Any]:
-    """What `write_array` wrote, mapped read-only: opening costs no reading.
+def array_files(path: Path, dimensions: int) -> tuple[Path, Path]:
+    """Metadata and the one chunk of an array that `write_array` wrote."""
+    return path / "zarr.json", path / "/".join(["c"] + ["0"] * dimensions)
 
-    Raises CorruptStoreError where metadata or bytes are missing or of another length.
+
+def array_checksum(values: np.ndarray[Any, Any]) -> str:
+    """What `StoreInfo.checksums` says of an array: xxh3_64 of its metadata and its values."""
+    metadata, chunk = render_array(values)
+    checksum = xxhash.xxh3_64(metadata)
+    checksum.update(chunk)
+    return checksum.hexdigest()
+
+
+def read_array(root: Path, name: str, checksum: str) -> np.ndarray[Any, Any]:
+    """What `write_array(root / name, ...)` wrote, mapped read-only after it was read through once:
+    what was changed on disk is not believed, and no memory is taken.
+
+    Raises CorruptStoreError where metadata or bytes are missing or not those of `checksum`.
     """
+    path = root / name
     try:
         metadata = read_json(path / "zarr.json")
         shape, dtype = tuple(metadata["shape"]), np.dtype(metadata["data_type"]).newbyteorder("<")
+        files = array_files(path, len(shape))
+        seal = seal_of(*files) if math.prod(shape) else seal_of(files[0])
+        if seal.xxh3_64 != checksum:
+            raise ValueError("it does not match its checksum")
         if not math.prod(shape):
             return np.zeros(shape, dtype)
-        key = "/".join(["c"] + ["0"] * len(shape))
-        flat = np.memmap(path / key, dtype, mode="r")
-        return flat.reshape(shape)
+        return np.memmap(files[1], dtype, mode="r").reshape(shape)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptStoreError(
-            f"{path} is damaged ({error}); rerun `featcache extract` to rebuild the index"
+            f"{path} is damaged ({error}); `featcache verify {root} --repair` writes it again"
         ) from None

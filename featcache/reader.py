@@ -3,7 +3,10 @@
 Why this shape: fresh memory per batch costs more than the read (benchmarks/bench_store.py), worker
 processes pay for it in every batch, and memory maps read too much when the data exceeds RAM.
 
-Letters: I images of a batch, P patches, D encoder width.
+What is read is what was written: each row's checksum is compared, by default when the reader meets
+it for the first time.
+
+Letters: I images of a batch, P patches, D encoder width, C codes of a patch.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -19,42 +22,56 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
-from featcache.errors import CorruptStoreError, StoreError
-from featcache.layout import CHUNK_ALIGNMENT_BYTES, MISSING, ShardGeometry
+from featcache.codecs import LayerCodec, StoredFeatures
+from featcache.errors import ConfigError, CorruptStoreError, StoreError
+from featcache.layout import CHUNK_ALIGNMENT_BYTES, Placement, Status
 
 OPEN_FILES_PER_THREAD = 128
 MAX_IOVECS = 512  # half of Linux's IOV_MAX; each image may need a second one for the padding
+CHECKS = ("once", "always", "off")
+"""When a row's checksum is compared: the first time a reader reads it, every time, or never."""
 
 
 class FeatureReader:
     """Reads batches of rows of one layer.
 
     `read` returns own memory; `stream` prefetches `depth` batches on `threads` background threads
-    into a ring of `depth + 1` buffers, reused by later streams too. RAM: that ring, plus 16 bytes a
-    row of mapped index. Use as a context manager, or call `close`. Not usable in a forked child:
-    open the store there.
+    into a ring of `depth + 1` buffers, reused by later streams too. RAM: that ring, plus 9 bytes a
+    row of mapped index and 1 of what was checked. Use as a context manager, or call `close`. Not
+    usable in a forked child: open the store there.
     """
 
     def __init__(
         self,
-        paths: Callable[[int], Path],
-        chunks: np.ndarray[Any, Any],
-        geometry: ShardGeometry,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
+        codes: Placement,
+        scales: Placement | None,
+        layer: LayerCodec,
+        status: np.ndarray[Any, Any],
+        checksums: np.ndarray[Any, Any],
+        *,
         threads: int,
         depth: int,
         pin_memory: bool,
+        check: str,
     ) -> None:
-        """paths: shard number -> file. chunks: uint64[rows, 2] offset and length of each row.
-        shape: (P, D). depth: batches read ahead. pin_memory: page-locked buffers, for CUDA."""
-        self._paths = paths
-        self._chunks = chunks
-        self._geometry = geometry
-        self._shape = shape
-        self._dtype = dtype
+        """codes, scales: where the rows lie. status: uint8[rows]; only OK rows can be read.
+        checksums: uint64[rows] of codes and then scales. depth: batches read ahead. pin_memory:
+        page-locked buffers, for CUDA. check: one of `CHECKS`.
+
+        Raises ConfigError for another `check`.
+        """
+        if check not in CHECKS:
+            raise ConfigError(f"check={check!r}: must be one of {', '.join(CHECKS)}")
+        self._codes = codes
+        self._scales = scales
+        self._layer = layer
+        self._status = status
+        self._checksums = checksums
+        self._check = check
+        self._checked = np.zeros(len(status), np.bool_)
         self._depth = depth
         self._pin_memory = pin_memory
         self._threads = threads
@@ -62,27 +79,32 @@ class FeatureReader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="featcache-read")
         self._local = threading.local()
         self._caches: list[_OpenFiles] = []
-        self._free: list[Tensor] = []
+        self._free: list[StoredFeatures] = []
         self._padding = memoryview(bytearray(CHUNK_ALIGNMENT_BYTES))
 
-    def read(self, rows: np.ndarray[Any, Any]) -> Tensor:
-        """rows: int64[I]. Returns dtype[I, P, D] in the order of `rows`.
+    def read(self, rows: np.ndarray[Any, Any], dtype: torch.dtype | None = None) -> Tensor:
+        """rows: int64[I]. Returns dtype[I, P, D] in the order of `rows`; the stored dtype of an
+        unscaled codec, else float32, where `dtype` is None.
 
         Raises StoreError for a row out of range or without features, CorruptStoreError for a
-        shard file that is missing or shorter than its index says.
+        shard file that is missing, too short, or holds other bytes than were written.
         """
+        return self.read_stored(rows).decode(dtype)
+
+    def read_stored(self, rows: np.ndarray[Any, Any]) -> StoredFeatures:
+        """`read`, as it lies in the store."""
         buffer = self._buffer(len(rows))
         for future in self._submit(rows, buffer):
             future.result()
         return buffer
 
-    def stream(self, batches: Iterable[np.ndarray[Any, Any]]) -> Iterator[Tensor]:
+    def stream(self, batches: Iterable[np.ndarray[Any, Any]]) -> Iterator[StoredFeatures]:
         """The features of each batch of rows, in order, read ahead in the background.
 
-        Each tensor (dtype[I, P, D]) is a view of a reused buffer: valid until the next iteration.
+        Each is a view of a reused buffer: valid until the next iteration.
         Raises as `read` does, at the batch concerned.
         """
-        pending: deque[tuple[list[Future[None]], Tensor, int]] = deque()
+        pending: deque[tuple[list[Future[None]], StoredFeatures, int]] = deque()
         source = iter(batches)
         exhausted = False
         try:
@@ -127,53 +149,90 @@ class FeatureReader:
     ) -> None:
         self.close()
 
-    def _buffer(self, count: int) -> Tensor:
-        return torch.empty((count, *self._shape), dtype=self._dtype, pin_memory=self._pin_memory)
+    def _buffer(self, count: int) -> StoredFeatures:
+        dtype = self._layer.codec.dtype
+        codes = torch.empty(
+            (count, *self._layer.code_shape), dtype=dtype, pin_memory=self._pin_memory
+        )
+        if self._scales is None:
+            return StoredFeatures(codes, None, self._layer)
+        shape = (count, self._layer.num_patches)
+        scales = torch.empty(shape, dtype=torch.float32, pin_memory=self._pin_memory)
+        return StoredFeatures(codes, scales, self._layer)
 
-    def _submit(self, rows: np.ndarray[Any, Any], buffer: Tensor) -> list[Future[None]]:
+    def _submit(self, rows: np.ndarray[Any, Any], buffer: StoredFeatures) -> list[Future[None]]:
         if os.getpid() != self._pid:
             raise StoreError(
                 "this feature reader was opened before a fork, where its threads do not exist; "
                 "open the store inside the worker process"
             )
         rows = np.asarray(rows, np.int64)
-        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self._chunks)):
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self._status)):
             raise StoreError(
                 f"row {rows.min() if rows.min() < 0 else rows.max()} is out of range; the store "
-                f"has rows 0 to {len(self._chunks) - 1}"
+                f"has rows 0 to {len(self._status) - 1}"
             )
-        raw = buffer.view(torch.uint8).numpy().reshape(len(rows), self._geometry.chunk_bytes)
+        without = rows[self._status[rows] != Status.OK]
+        if len(without):
+            raise StoreError(f"row {without[0]} has no features; ask Store.rows which images have")
+        codes = _as_bytes(buffer.codes)
+        scales = None if buffer.scales is None else _as_bytes(buffer.scales)
         # Ascending rows are ascending offsets: neighbours become one read.
         order = np.argsort(rows, kind="stable")
         return [
-            self._pool.submit(self._gather, rows[part], part, raw)
+            self._pool.submit(self._read_part, rows[part], part, codes, scales)
             for part in np.array_split(order, min(self._threads, max(1, len(rows))))
             if len(part)
         ]
 
-    def _gather(
-        self, rows: np.ndarray[Any, Any], places: np.ndarray[Any, Any], raw: np.ndarray[Any, Any]
+    def _read_part(
+        self,
+        rows: np.ndarray[Any, Any],
+        places: np.ndarray[Any, Any],
+        codes: np.ndarray[Any, Any],
+        scales: np.ndarray[Any, Any] | None,
     ) -> None:
-        """Read `rows` (ascending) into raw[places]; runs on a pool thread."""
+        """Read and check `rows` (ascending) into codes[places] and scales[places]."""
         files: _OpenFiles | None = getattr(self._local, "files", None)
         if files is None:
-            files = self._local.files = _OpenFiles(self._paths)
+            files = self._local.files = _OpenFiles()
             self._caches.append(files)
-        size, gap = (
-            self._geometry.chunk_bytes,
-            self._geometry.pitch_bytes - self._geometry.chunk_bytes,
-        )
+        self._gather(files, self._codes, rows, places, codes)
+        if self._scales is not None and scales is not None:
+            self._gather(files, self._scales, rows, places, scales)
+        if self._check == "off":
+            return
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            if self._checked[row] and self._check == "once":
+                continue
+            checksum = xxhash.xxh3_64(codes[place].data)
+            if scales is not None:
+                checksum.update(scales[place].data)
+            if checksum.intdigest() != self._checksums[row]:
+                path = self._codes.paths(row // self._codes.rows_per_file)
+                raise CorruptStoreError(
+                    f"{path}: the features of row {row} are not the bytes that were written; "
+                    "`featcache verify STORE --repair` writes them again"
+                )
+            self._checked[row] = True
+
+    def _gather(
+        self,
+        files: _OpenFiles,
+        where: Placement,
+        rows: np.ndarray[Any, Any],
+        places: np.ndarray[Any, Any],
+        raw: np.ndarray[Any, Any],
+    ) -> None:
+        """Read `rows` (ascending) of one array into raw[places]."""
+        size, gap = where.row_bytes, where.pitch_bytes - where.row_bytes
         padding = self._padding[:gap]
-        chunks = self._chunks[rows]
-        if (chunks[:, 0] == MISSING).any():
-            row = int(rows[chunks[:, 0] == MISSING][0])
-            raise StoreError(f"row {row} has no features; ask Store.rows which images have")
-        offsets = chunks[:, 0].astype(np.int64).tolist()
-        shards = (rows // self._geometry.images).tolist()
+        offsets = (rows % where.rows_per_file * where.pitch_bytes + where.start_bytes).tolist()
+        shards = (rows // where.rows_per_file).tolist()
         positions = places.tolist()
         first = 0
         while first < len(positions):
-            # A run: chunks that follow each other in one file, with only padding between.
+            # A run: rows that follow each other in one file, with only padding between.
             shard, start = shards[first], offsets[first]
             views = [raw[positions[first]].data]
             end = start + size
@@ -189,45 +248,51 @@ class FeatureReader:
                 views.append(raw[positions[last]].data)
                 end = offsets[last] + size
                 last += 1
-            if os.preadv(files.descriptor(shard), views, start) != end - start:
-                self._read_rest(files.descriptor(shard), views, start, shard)
+            path = where.paths(shard)
+            if os.preadv(files.descriptor(path), views, start) != end - start:
+                _read_rest(files.descriptor(path), views, start, path)
             first = last
 
-    def _read_rest(self, descriptor: int, views: list[memoryview], at: int, shard: int) -> None:
-        """The slow way, after a short read: fill each view, or find that the file ends."""
-        for view in views:
-            done = 0
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done:]], at + done)
-                if count == 0:
-                    raise CorruptStoreError(
-                        f"{self._paths(shard)} is truncated; rerun `featcache extract` to write "
-                        "it again"
-                    )
-                done += count
-            at += len(view)
+
+def _as_bytes(values: Tensor) -> np.ndarray[Any, Any]:
+    """uint8[I, bytes of one], the tensor's own memory."""
+    row_bytes = values[0].numel() * values.itemsize if len(values) else 0
+    return values.view(torch.uint8).numpy().reshape(len(values), row_bytes)
+
+
+def _read_rest(descriptor: int, views: list[memoryview], at: int, path: Path) -> None:
+    """The slow way, after a short read: fill each view, or find that the file ends."""
+    for view in views:
+        done = 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], at + done)
+            if count == 0:
+                raise CorruptStoreError(
+                    f"{path} is truncated; `featcache verify STORE --repair` writes it again"
+                )
+            done += count
+        at += len(view)
 
 
 class _OpenFiles:
-    """The descriptors of one thread's most recently used shards."""
+    """The descriptors of one thread's most recently used shard files."""
 
-    def __init__(self, paths: Callable[[int], Path]) -> None:
-        self._paths = paths
-        self._open: OrderedDict[int, int] = OrderedDict()
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, int] = OrderedDict()
 
-    def descriptor(self, shard: int) -> int:
+    def descriptor(self, path: Path) -> int:
         """Raises CorruptStoreError where the file cannot be opened."""
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
         try:
-            descriptor = os.open(self._paths(shard), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CorruptStoreError(
-                f"{self._paths(shard)}: {error.strerror}; if it is gone, rerun `featcache extract` "
-                "to write it again"
+                f"{path}: {error.strerror}; if it is gone, `featcache verify STORE --repair` "
+                "writes it again"
             ) from None
-        self._open[shard] = descriptor
+        self._open[path] = descriptor
         if len(self._open) > OPEN_FILES_PER_THREAD:
             os.close(self._open.popitem(last=False)[1])
         return descriptor

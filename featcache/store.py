@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import numpy as np
 import torch
 
 from featcache import layout
-from featcache.codecs import Codec, get_codec
+from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.errors import ConfigError, CorruptStoreError, IncompleteStoreError
 from featcache.index import Index
 from featcache.journal import Failure, Journal
-from featcache.layout import ShardGeometry, Status, StoreInfo
+from featcache.layout import Placement, Status, StoreInfo, read_array
 from featcache.reader import FeatureReader
+from featcache.writer import ShardSpec
 
 
 class Store:
@@ -41,7 +43,7 @@ class Store:
 
     def _load_index(self) -> Index:
         if self.info.index is None:
-            journal = Journal.load(self.path)
+            journal = Journal.load(self.path, self.info.generation)
             planned = journal.num_shards
             raise IncompleteStoreError(
                 f"{self.path} is not finished: {planned - len(journal.pending)} of {planned} "
@@ -52,11 +54,6 @@ class Store:
     @property
     def codec(self) -> Codec:
         return get_codec(self.info.codec)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored values."""
-        return self.codec.dtype
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -97,10 +94,10 @@ class Store:
         """int32[rows, 2]: each image's original (width, height) in pixels."""
         return self.index.sizes
 
-    @property
-    def geometry(self) -> ShardGeometry:
-        chunk_bytes = self.num_patches * self.width * self.codec.itemsize
-        return ShardGeometry(self.info.shard_images, chunk_bytes)
+    @functools.cached_property
+    def spec(self) -> ShardSpec:
+        """What its shards are made of. Raises CorruptStoreError."""
+        return shard_spec(self.path, self.info)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray[Any, Any]:
         """int64[len(keys)]: the row of each image, -1 where it has no features."""
@@ -115,9 +112,6 @@ class Store:
         """The ledger: every image of the data without features, and why."""
         return list(self.index.failures.values())
 
-    def shard_file(self, layer: str, shard: int) -> Path:
-        return self.path / layout.shard_path(layer, shard)
-
     def reader(
         self,
         layer: str | None = None,
@@ -125,6 +119,7 @@ class Store:
         threads: int = 2,
         depth: int = 3,
         pin_memory: bool = False,
+        check: str = "once",
     ) -> FeatureReader:
         """A reader of one layer (the first where None). See FeatureReader.
 
@@ -136,13 +131,58 @@ class Store:
                 f"{self.path} holds no layer {chosen!r}, only {', '.join(self.layers)}; extract "
                 f"it with --layer {chosen}"
             )
+        codes, scales = self.placements(chosen)
         return FeatureReader(
-            paths=lambda shard: self.shard_file(chosen, shard),
-            chunks=self.index.chunks[chosen],
-            geometry=self.geometry,
-            shape=(self.num_patches, self.width),
-            dtype=self.dtype,
+            codes,
+            scales,
+            self.layer_codec(chosen),
+            self.index.status,
+            self.index.checksums[chosen],
             threads=threads,
             depth=depth,
             pin_memory=pin_memory,
+            check=check,
         )
+
+    def placements(self, layer: str) -> tuple[Placement, Placement | None]:
+        """Where the rows of a layer's codes lie, and of its patch scales where it has any."""
+        images = self.info.shard_images
+        geometry, scale_bytes = self.spec.geometry(layer), self.layer_codec(layer).scale_bytes
+        codes = Placement(
+            lambda shard: self.path / layout.shard_path(layer, shard),
+            images,
+            geometry.chunk_bytes,
+            geometry.pitch_bytes,
+        )
+        if not scale_bytes:
+            return codes, None
+        scales = Placement(
+            lambda shard: self.path / layout.scales_path(layer, shard),
+            images,
+            scale_bytes,
+            scale_bytes,
+        )
+        return codes, scales
+
+    def layer_codec(self, layer: str) -> LayerCodec:
+        """How a layer is coded. Raises CorruptStoreError."""
+        return self.spec.layers[layer]
+
+
+def shard_spec(root: Path, info: StoreInfo) -> ShardSpec:
+    """What a store's shards are made of.
+
+    Raises CorruptStoreError where the channel values of a scaled codec are damaged.
+    """
+    codec = get_codec(info.codec)
+    layers = {}
+    for layer in info.layers:
+        path = layout.channels_path(layer)
+        channels = None
+        if codec.scaled:
+            values = read_array(root, path, info.checksums.get(path, ""))
+            channels = torch.from_numpy(np.array(values, np.float32))
+        layers[layer] = LayerCodec(codec, info.num_patches, info.width, channels)
+    return ShardSpec(
+        info.shard_images, layers, codec.pooled_dtype if info.pooled else None, info.width
+    )

@@ -10,98 +10,227 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
+from torch import Tensor
 
 from featcache import layout
+from featcache.codecs import LayerCodec, StoredFeatures
 from featcache.errors import StoreError
-from featcache.files import publish, sync
+from featcache.files import Seal, publish, sync
 from featcache.fingerprint import versions
 from featcache.journal import Commit, RowRecord
 from featcache.layout import ShardGeometry, Status
 
 
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """What every shard of a store is made of.
+
+    images: rows a shard. layers: how each stored layer is coded. pooled_dtype: of the encoder's
+    pooled output, None where it has none. pooled_width: D.
+    """
+
+    images: int
+    layers: Mapping[str, LayerCodec]
+    pooled_dtype: torch.dtype | None
+    pooled_width: int
+
+    def geometry(self, layer: str) -> ShardGeometry:
+        """Of the layer's features file."""
+        return ShardGeometry(self.images, self.layers[layer].code_bytes)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Largest size of a shard's data files together, and of the buffer that it is filled in."""
+        pooled = self.pooled_width * self.pooled_dtype.itemsize if self.pooled_dtype else 0
+        of_layers = sum(
+            self.images * (self.geometry(name).pitch_bytes + layer.scale_bytes)
+            + self.geometry(name).index_bytes
+            for name, layer in self.layers.items()
+        )
+        return of_layers + self.images * pooled
+
+
 class ShardBuffer:
     """One shard of every layer in memory, at the offsets that it has on disk; reused.
 
-    RAM: layers x images x pitch bytes, plus images x D x itemsize of pooled output.
+    RAM: `ShardSpec.shard_bytes`.
     """
 
-    def __init__(self, layers: list[str], geometry: ShardGeometry, pooled_bytes: int) -> None:
-        """pooled_bytes: bytes of one image's pooled output, 0 where the encoder has none."""
-        self.geometry = geometry
-        self._chunks = {
-            layer: np.zeros((geometry.images, geometry.pitch_bytes), np.uint8) for layer in layers
+    def __init__(self, spec: ShardSpec) -> None:
+        self.spec = spec
+        self._codes = {
+            name: np.zeros((spec.images, spec.geometry(name).pitch_bytes), np.uint8)
+            for name in spec.layers
         }
-        self._pooled = np.zeros((geometry.images, pooled_bytes), np.uint8)
+        self._scales = {
+            name: np.zeros((spec.images, layer.num_patches), np.float32)
+            for name, layer in spec.layers.items()
+            if layer.codec.scaled
+        }
+        self._pooled: Tensor | None = None
+        if spec.pooled_dtype is not None:
+            self._pooled = torch.zeros(spec.images, spec.pooled_width, dtype=spec.pooled_dtype)
         self.clear(0)
 
     def clear(self, shard: int) -> None:
         """Begin shard number `shard`; its rows are UNUSED until set."""
         self.shard = shard
-        self.rows = [RowRecord() for _ in range(self.geometry.images)]
+        self.rows = [RowRecord() for _ in range(self.spec.images)]
         self.seconds: dict[str, float] = {}
 
     def set(
         self,
         slot: int,
-        features: dict[str, np.ndarray[Any, Any]],
-        pooled: np.ndarray[Any, Any] | None,
+        features: Mapping[str, StoredFeatures],
+        pooled: Tensor | None,
         size: tuple[int, int],
     ) -> None:
-        """Put one image's stored bytes in place. features: {layer: uint8[chunk_bytes]};
-        pooled: uint8[pooled_bytes]."""
+        """Put one image in place. features: {layer: batch of this one image, on the CPU};
+        pooled: pooled_dtype[D]."""
         checksums = {}
-        for layer, values in features.items():
-            self._chunks[layer][slot, : self.geometry.chunk_bytes] = values
-            checksums[layer] = xxhash.xxh3_64_intdigest(values.data)
+        for name, stored in features.items():
+            codes = raw_bytes(stored.codes)
+            self._codes[name][slot, : len(codes)] = codes
+            checksum = xxhash.xxh3_64(codes)
+            if stored.scales is not None:
+                scales = stored.scales[0].numpy()
+                self._scales[name][slot] = scales
+                checksum.update(scales.data)
+            checksums[name] = checksum.intdigest()
         if pooled is not None:
+            assert self._pooled is not None
             self._pooled[slot] = pooled
+            checksums["pooled"] = xxhash.xxh3_64_intdigest(raw_bytes(pooled))
         self.rows[slot] = RowRecord(Status.OK, "", size, checksums)
 
     def fail(self, slot: int, status: Status, detail: str, size: tuple[int, int] = (0, 0)) -> None:
         """Enter the row in the ledger; it gets no chunk and reads as NaN."""
         self.rows[slot] = RowRecord(status, detail, size)
 
-    def publish(self, root: Path, nan: bytes) -> Commit:
+    def get(self, slot: int) -> tuple[dict[str, StoredFeatures], Tensor | None]:
+        """One image as `set` takes it; views of the buffer."""
+        features = {}
+        for name, layer in self.spec.layers.items():
+            codes = torch.from_numpy(self._codes[name][slot, : layer.code_bytes])
+            scales = self._scales.get(name)
+            features[name] = StoredFeatures(
+                codes.view(layer.codec.dtype).view(1, *layer.code_shape),
+                None if scales is None else torch.from_numpy(scales[slot : slot + 1]),
+                layer,
+            )
+        return features, None if self._pooled is None else self._pooled[slot]
+
+    def load(self, root: Path, shard: int, rows: list[RowRecord]) -> list[int]:
+        """Fill it from a shard on disk; returns the slots whose stored bytes are not the ones that
+        were written, or not finite. `rows` is what the shard's commit record says of it.
+
+        Files that are missing or short count as damaged where they end.
+        """
+        self.clear(shard)
+        self.rows = list(rows)
+        for name, values in self._codes.items():
+            _fill(root / layout.shard_path(name, shard), values)
+            values[:, self.spec.layers[name].code_bytes :] = 0  # the padding
+        for name, scales in self._scales.items():
+            _fill(root / layout.scales_path(name, shard), scales)
+        if self._pooled is not None:
+            _fill(root / layout.pooled_path(shard), self._pooled.view(torch.uint8).numpy())
+        return [
+            slot
+            for slot, row in enumerate(rows)
+            if row.status == Status.OK and not self._is_whole(slot, row.checksums)
+        ]
+
+    def _is_whole(self, slot: int, checksums: Mapping[str, int]) -> bool:
+        features, pooled = self.get(slot)
+        for name, stored in features.items():
+            checksum = xxhash.xxh3_64(raw_bytes(stored.codes))
+            if stored.scales is not None:
+                checksum.update(stored.scales.numpy().data)
+            finite = stored.layer.codec.is_finite(stored.codes, stored.scales)
+            if checksum.intdigest() != checksums.get(name) or not bool(finite):
+                return False
+        if pooled is None:
+            return True
+        checksum = xxhash.xxh3_64(raw_bytes(pooled))
+        return checksum.intdigest() == checksums.get("pooled") and bool(pooled.isfinite().all())
+
+    def publish(self, root: Path) -> Commit:
         """Write the shard's files, then its commit record.
 
-        nan: the bytes of one NaN, which rows without features are filled with.
         Raises StoreError when the disk is full or the store cannot be written; what was
         committed before stays valid.
         """
         start = time.perf_counter()
         present = np.array([row.status == Status.OK for row in self.rows])
-        files: dict[str, int] = {}
+        files: dict[str, Seal] = {}
         try:
             # A record left from before, whose files were damaged, must not vouch for the new ones.
             record = root / layout.commit_path(self.shard)
             if record.exists():
                 record.unlink()
                 sync(record.parent)
-            for layer, chunks in self._chunks.items():
-                # Nobody reads a hole, and should somebody, it is not zeros.
-                chunks[~present] = np.resize(np.frombuffer(nan, np.uint8), chunks.shape[1])
-                path = layout.shard_path(layer, self.shard)
-                used = int(present.nonzero()[0].max()) + 1 if present.any() else 0
-                index = self.geometry.encode_index(present)
-                parts: list[bytes | memoryview] = [chunks[:used].data] if used else []
-                files[path] = publish(root / path, [*parts, index])
-            if self._pooled.size:
-                self._pooled[~present] = np.resize(
-                    np.frombuffer(nan, np.uint8), self._pooled.shape[1]
-                )
+            for name in self.spec.layers:
+                path = layout.shard_path(name, self.shard)
+                files[path] = publish(root / path, self._shard_parts(name, present))
+            for name, scales in self._scales.items():
+                scales[~present] = np.nan
+                path = layout.scales_path(name, self.shard)
+                files[path] = publish(root / path, [scales.data])
+            if self._pooled is not None:
+                self._pooled[torch.from_numpy(~present)] = torch.nan
                 path = layout.pooled_path(self.shard)
-                files[path] = publish(root / path, [self._pooled.data])
+                files[path] = publish(root / path, [raw_bytes(self._pooled)])
             self.seconds["write"] = time.perf_counter() - start
             commit = Commit(self.shard, self.rows, files, self.seconds, versions())
             commit.save(root)
         except OSError as error:
             raise write_error(root, error) from error
         return commit
+
+    def _shard_parts(
+        self, name: str, present: np.ndarray[Any, Any]
+    ) -> list[bytes | memoryview | int]:
+        """A features file: runs of images at their places, holes for those without, the index."""
+        geometry = self.spec.geometry(name)
+        codes = self._codes[name]
+        parts: list[bytes | memoryview | int] = []
+        used = int(present.nonzero()[0].max()) + 1 if present.any() else 0
+        first = 0
+        while first < used:
+            last = first
+            while last < used and present[last] == present[first]:
+                last += 1
+            run = codes[first:last]
+            parts.append(run.data if present[first] else run.nbytes)
+            first = last
+        return [*parts, geometry.encode_index(present)]
+
+
+def _fill(path: Path, values: np.ndarray[Any, Any]) -> None:
+    """As many of the array's bytes as the file has; the rest is zeros."""
+    flat = values.reshape(-1).view(np.uint8)
+    count = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count < len(flat) and (read := file.readinto(flat[count:].data)):
+                count += read
+    except OSError:
+        pass
+    flat[count:] = 0
+
+
+def raw_bytes(values: Tensor) -> memoryview:
+    """A CPU tensor's bytes; no copy where it is contiguous."""
+    return values.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def write_error(root: Path, error: OSError) -> StoreError:
