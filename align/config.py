@@ -25,6 +25,7 @@ from align.data.templates import TemplateConfig
 from align.llm import LLMConfig
 from align.optim import OptimConfig
 from featcache.errors import ConfigError
+from featcache.files import publish
 from featcache.fingerprint import diff
 
 
@@ -188,8 +189,11 @@ def load_config(name_or_path: str | Path | None = None, overrides: Sequence[str]
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes the resolved config as YAML that `load_config` reads back to an equal value."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict(config))))
+    """Writes the resolved config as YAML that `load_config` reads back to an equal value.
+
+    All of it or nothing, also where the process is killed. Raises OSError.
+    """
+    publish(path, [OmegaConf.to_yaml(OmegaConf.create(config_dict(config))).encode()])
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:

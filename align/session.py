@@ -6,10 +6,11 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from align.checkpoint import (
 )
 from align.config import RunConfig, config_dict, diff_fields, load_config, save_config
 from align.data.collate import Batch, Loader
+from align.data.dataset import LeftOutRecord
 from align.data.sampling import StepSampler
 from align.errors import AlignError, CheckpointError, DataError, RunError
 from align.optim import build_optimizer
@@ -39,10 +41,12 @@ from align.tracking import (
     StepEvent,
 )
 from featcache.errors import ConfigError
+from featcache.files import publish
 
 E = TypeVar("E", bound=Event)
 
 FREE_TO_CHANGE = (
+    "data.max_missing",
     "eval",
     "train.device",
     "train.eval_every",
@@ -57,8 +61,12 @@ FREE_TO_CHANGE = (
     "train.samples",
     "train.save_every",
 )
-"""Settings that may differ when a run is resumed: they decide what is told, not what is learned.
-`train.precision` may be named where it was "auto"; what it comes to on the device is compared."""
+"""Settings, or whole sections, that may differ when a run is resumed: they decide what is told or
+refused, not what is learned. `train.precision` may be named where it was "auto"; what it comes to
+on the device is compared."""
+
+LEFT_OUT_FILE = "left_out.jsonl"
+"""In the run's folder: the records that are not used, one `LeftOutRecord` a line."""
 
 
 @dataclass(slots=True)
@@ -159,13 +167,40 @@ class Session:
     def _stop_not_finite(self, step: int, loss: float, norm: float) -> None:
         samples = self.run.splits.train
         ids = [samples[i].record.id for i in self.sampler.step(step).tolist()]
+        images = self._not_finite_images(step)
         file = self.run.path / "not_finite.json"
-        file.write_text(json.dumps({"step": step + 1, "ids": ids}, indent=1), encoding="utf-8")
+        document = {"step": step + 1, "ids": ids, "images": images}
+        file.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        head = f"step {step + 1}: loss {loss}, gradient norm {norm} are not finite"
+        if images:
+            store = self.run.store.path
+            raise DataError(
+                f"{head}, as the features of {_first(images)} in {store} are not (all in {file}); "
+                f"the store is damaged: run `featcache verify {store} --repair`, then --resume"
+            )
         raise AlignError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm} are not finite; its samples are "
-            f"{', '.join(ids[:4])}{', ...' * (len(ids) > 4)} (all in {file}); start again "
-            "with a lower optim.lr in another --out"
+            f"{head}; its samples are {_first(ids)} (all in {file}); start again with a lower "
+            "optim.lr in another --out"
         )
+
+    def _not_finite_images(self, step: int) -> list[str]:
+        """Keys of a step's images whose stored features are not all finite.
+
+        Features are checked when they are written, so these were damaged on disk since.
+        """
+        samples = [self.run.splits.train[i] for i in self.sampler.step(step).tolist()]
+        row_of_key = {
+            key: row
+            for sample in samples
+            for key, row in zip(sample.record.images, sample.rows, strict=True)
+        }
+        # One by one: a step may see more images than fit into memory at once.
+        with self.run.store.reader(self.run.layer, threads=1, depth=1) as reader:
+            return [
+                key
+                for key, row in row_of_key.items()
+                if not reader.read(np.array([row])).isfinite().all()
+            ]
 
 
 def start_session(
@@ -185,7 +220,8 @@ def start_session(
     if found and not resume:
         raise RunError(f"{out}: already holds a run; give --resume or another --out")
     if found:
-        _check_same_config(load_config(folder.config), config, out)
+        before = load_config(folder.config)
+        _check_same_config(before, config, out)
     run = assemble(config, features, out)
     optimizer = build_optimizer(config.optim, run.model.connector)
     loader = run.loader("train")
@@ -211,6 +247,10 @@ def start_session(
         session.loss = state["loss"]
         session.eval_loss, session.eval_step = state["eval_loss"], state["eval_step"]
         session.log.drop_after(run.step)
+        if before.data.max_missing != config.data.max_missing:
+            # What the run was allowed to do without, its evaluations are allowed as well.
+            data = replace(before.data, max_missing=config.data.max_missing)
+            save_config(replace(before, data=data), folder.config)
         session.tell(NoticeEvent(f"resuming at step {run.step:,} of {total_steps:,}"))
         other = diff_fields(state["versions"], versions())
         if other:
@@ -229,6 +269,7 @@ def start_session(
                 f"{out}: cannot be written: {error.strerror}; give another --out"
             ) from error
     folder.write_info(_info(session, features))
+    _write_left_out(out / LEFT_OUT_FILE, splits.left_out_records)
     session.tell(
         NoticeEvent(
             f"{len(splits.train):,} samples to train on, {len(splits.val):,} held out, "
@@ -245,7 +286,8 @@ def start_session(
     if splits.left_out.total:
         session.tell(
             NoticeEvent(
-                f"left out {splits.left_out.total:,} of {splits.found:,} records: {splits.left_out}"
+                f"left out {splits.left_out.total:,} of {splits.found:,} records: "
+                f"{splits.left_out}; all in {out / LEFT_OUT_FILE}"
             )
         )
     return session
@@ -275,11 +317,38 @@ def _info(session: Session, features: Sequence[Path | str]) -> dict[str, object]
     }
 
 
+def _write_left_out(path: Path, records: Sequence[LeftOutRecord]) -> None:
+    """One JSON object a line; no file where there are no records, also none of an earlier start.
+
+    Raises RunError where the disk does not take it.
+    """
+    try:
+        if records:
+            publish(path, (f"{json.dumps(asdict(record))}\n".encode() for record in records))
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written: {error.strerror}; free some space, then give the same "
+            "command again"
+        ) from error
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    return f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
+
+
+def _is_free_to_change(setting: str) -> bool:
+    """setting: a dotted path."""
+    return any(setting == free or setting.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+
+
 def _check_same_config(before: RunConfig, now: RunConfig, out: Path) -> None:
     changed = [
         line
         for line in diff_fields(config_dict(before), config_dict(now))
-        if not line.split(":")[0].startswith(FREE_TO_CHANGE)
+        if not _is_free_to_change(line.split(":")[0])
     ]
     if changed:
         raise RunError(

@@ -55,8 +55,9 @@ def train(
     on_event: called with every event, in the order in which things happen.
 
     Raises the errors of `align.run.assemble`; RunError where `out` already holds a run, or one that
-    is being resumed had other settings; DataError where no sample can be used; AlignError where the
-    loss stops being finite.
+    is being resumed had other settings; DataError where no sample can be used, more records than
+    `data.max_missing` allows have no features, or damaged features make the loss not finite;
+    AlignError where it stops being finite otherwise.
     """
     started = time.perf_counter()
     session = start_session(config, features, Path(out), resume, on_event)

@@ -40,6 +40,9 @@ class DataConfig:
     """Use only the first so many samples (of `files`, before the split); null uses all."""
     max_length: int = 1536
     """Longest sequence in tokens, visual ones included; longer ones lose the end of the answer."""
+    max_missing: float = 0.05
+    """Largest share of the records, of those that could be used otherwise, whose images have no
+    features in the store; above it the data is refused. 0 allows none, 1 any."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one "field: reason" each."""
@@ -49,6 +52,25 @@ class DataConfig:
             yield f"max_samples: must be at least 1 or null, got {self.max_samples}"
         if self.max_length < 1:
             yield f"max_length: must be at least 1, got {self.max_length}"
+        if not 0 <= self.max_missing <= 1:
+            yield f"max_missing: must be in [0, 1], got {self.max_missing}"
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOutRecord:
+    """A record that cannot be used.
+
+    id: the record's own; its place in the data file where it is malformed.
+    reason: in few words, alike for all records that lack the same.
+    detail: "key: why" of each image without features, all that the store's ledger says of it; for
+        other reasons the record's place in the data file, e.g. "train.jsonl:12".
+    images: its image keys; none where it is malformed.
+    """
+
+    id: str
+    reason: str
+    detail: str
+    images: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -57,6 +79,14 @@ class LeftOut:
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Iterable[LeftOutRecord]) -> LeftOut:
+        """The records counted."""
+        left_out = cls()
+        for record in records:
+            left_out.add(record.reason, record.id)
+        return left_out
 
     def add(self, reason: str, name: str) -> None:
         """One more, `name` being a record's id or origin."""
@@ -94,6 +124,7 @@ class DataSplits:
     """What is trained on and what is held out.
 
     found: records in the files, before anything was left out.
+    left_out: the `left_out_records` counted.
     shared_images: images of validation files that are trained on as well.
     """
 
@@ -101,6 +132,7 @@ class DataSplits:
     val: list[Sample]
     found: int
     left_out: LeftOut
+    left_out_records: list[LeftOutRecord]
     shared_images: int = 0
 
     def split(self, name: str) -> list[Sample]:
@@ -123,8 +155,8 @@ class DataSplits:
 def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> DataSplits:
     """Reads the data files, joins them with the store by image key, and holds out a split.
 
-    Raises DataError where a file is not named anywhere or nothing remains to train on, and
-    ManifestError where a file cannot be read.
+    Raises DataError where a file is not named anywhere, nothing remains to train on, or a larger
+    share than `data.max_missing` has no features; ManifestError where a file cannot be read.
     """
     held = {Path(file).resolve() for file in config.val_files}
     if twice := [file for file in config.files if Path(file).resolve() in held]:
@@ -139,27 +171,52 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
             "train on; name other files in data.files, or set data.eval_ratio instead"
         )
     images = config.images or store.source["images"]
-    left_out = LeftOut()
-    usable, found = _load(files, images, template, store, left_out, config.max_samples)
+    unusable: list[LeftOutRecord] = []
+    missing: list[LeftOutRecord] = []
+    train, found = _load(files, images, template, store, unusable, missing, config.max_samples)
+    found_val = shared = 0
     if config.val_files:
-        val, found_val = _load(config.val_files, images, template, store, left_out, None)
-        trained_on = {row for sample in usable for row in sample.rows.tolist()}
-        shared = trained_on & {row for sample in val for row in sample.rows.tolist()}
-        splits = DataSplits(usable, val, found + found_val, left_out, len(shared))
+        val, found_val = _load(config.val_files, images, template, store, unusable, missing, None)
+        trained_on = {row for sample in train for row in sample.rows.tolist()}
+        shared = len(trained_on & {row for sample in val for row in sample.rows.tolist()})
     else:
-        held_out = hold_out([s.record for s in usable], config.eval_ratio, config.seed)
-        splits = DataSplits(
-            train=[sample for sample, out in zip(usable, held_out, strict=True) if not out],
-            val=[sample for sample, out in zip(usable, held_out, strict=True) if out],
-            found=found,
-            left_out=left_out,
-        )
-    if not splits.train:
+        held_out = hold_out([sample.record for sample in train], config.eval_ratio, config.seed)
+        val = [sample for sample, out in zip(train, held_out, strict=True) if out]
+        train = [sample for sample, out in zip(train, held_out, strict=True) if not out]
+    left_out_records = unusable + missing
+    left_out = LeftOut.of(left_out_records)
+    if not train:
+        why = f"{left_out}" if left_out.total else "the files are empty"
+        cure = f"; {_how_to_add_features(store)}" if missing else ""
         raise DataError(
             f"{', '.join(map(str, files))}: none of {found:,} records can be trained on with "
-            f"{store.path}: {left_out or 'the files are empty'}"
+            f"{store.path}: {why}{cure}"
         )
-    return splits
+    _require_features(len(train) + len(val), missing, config.max_missing, store)
+    return DataSplits(train, val, found + found_val, left_out, left_out_records, shared)
+
+
+def _require_features(
+    usable: int, missing: Sequence[LeftOutRecord], max_missing: float, store: Store
+) -> None:
+    """Raises DataError where too many of the usable and the `missing` records are `missing`."""
+    total = usable + len(missing)
+    if not missing or len(missing) / total <= max_missing:
+        return
+    enough = -(-100 * len(missing) // total) / 100  # rounded up, so that it is accepted
+    raise DataError(
+        f"{store.path}: {len(missing):,} of {total:,} records have no features in it, "
+        f"{len(missing) / total:.1%} where data.max_missing={max_missing:g} allows "
+        f"{max_missing:.1%}: {LeftOut.of(missing)}; {_how_to_add_features(store)}; to do without "
+        f"them, set data.max_missing={enough:g} (for `align eval`, in the run's config.yaml)"
+    )
+
+
+def _how_to_add_features(store: Store) -> str:
+    return (
+        f"to add features, run `featcache extract --out {store.path}` with this data "
+        f"(`featcache failures {store.path}` lists the images to mend first)"
+    )
 
 
 def num_held_out(samples: int, ratio: float) -> int:
@@ -196,36 +253,45 @@ def _load(
     images: str | Path,
     template: TemplateConfig,
     store: Store,
-    left_out: LeftOut,
+    unusable: list[LeftOutRecord],
+    missing: list[LeftOutRecord],
     limit: int | None,
 ) -> tuple[list[Sample], int]:
-    """Usable samples of some files in their order, and how many records the files hold."""
+    """Usable samples of some files in their order, and how many records the files hold.
+
+    Adds the others to `missing` where only features are missing, else to `unusable`; those after
+    the first `limit` samples are not looked up in the store.
+    """
     manifest = read_manifest(files, images)
     for skipped in manifest.skipped:
-        left_out.add(skipped.reason, skipped.origin)
+        unusable.append(LeftOutRecord(skipped.origin, skipped.reason, skipped.origin, ()))
     fitting: list[Record] = []
     for record in manifest.records:
         try:
             render(record, template)
         except TemplateError as error:
-            left_out.add(str(error), record.id)
+            unusable.append(LeftOutRecord(record.id, str(error), record.origin, record.images))
         else:
             fitting.append(record)
-    samples = _join(fitting, store, left_out)
+    samples = _join(fitting, store, missing)
     return list(islice(samples, limit)), len(manifest.records) + len(manifest.skipped)
 
 
-def _join(records: Sequence[Record], store: Store, left_out: LeftOut) -> Iterable[Sample]:
-    """Records whose images all have a row; the others are counted under the store's reason."""
+def _join(
+    records: Sequence[Record], store: Store, missing: list[LeftOutRecord]
+) -> Iterable[Sample]:
+    """Records whose images all have a row; the others are added to `missing`."""
     rows = store.rows([key for record in records for key in record.images])
     start = 0
     for record in records:
         own = rows[start : start + len(record.images)]
         start += len(record.images)
-        missing = np.flatnonzero(own < 0)
-        if len(missing):
+        absent = [record.images[i] for i in np.flatnonzero(own < 0)]
+        if absent:
+            why = {key: store.reason(key) for key in absent}
             # The ledger's detail differs from file to file; its first word is what can be counted.
-            reason = store.reason(record.images[missing[0]]).split(":")[0]
-            left_out.add(f"image {reason}", record.id)
+            reason = f"image {why[absent[0]].split(':')[0]}"
+            detail = "; ".join(f"{key}: {text}" for key, text in why.items())
+            missing.append(LeftOutRecord(record.id, reason, detail, record.images))
         else:
             yield Sample(record, own)

@@ -103,6 +103,9 @@ def test_every_problem_at_once_with_its_path_and_a_suggestion() -> None:
         ("template.name=qwen", "template.name: no template 'qwen'; there are caption, plain"),
         ("template.prompt=<image> what?", "template.prompt: the template places <image> itself"),
         ("data.eval_ratio=1", "data.eval_ratio: must be in [0, 1), got 1"),
+        ("data.max_missing=1.01", "data.max_missing: must be in [0, 1], got 1.01"),
+        ("data.max_missing=-0.1", "data.max_missing: must be in [0, 1], got -0.1"),
+        ("data.max_missing=nan", "data.max_missing: must be in [0, 1], got nan"),
         ("optim.lr=0", "optim.lr: must be above 0"),
     ],
 )

@@ -18,12 +18,14 @@ import torch
 from safetensors.torch import load_file
 
 import align
+import featcache
 from align.checkpoint import find_checkpoint, list_checkpoints
-from align.config import RunConfig, load_config, save_config
+from align.config import RunConfig, config_dict, load_config, save_config
 from align.data.sampling import StepSampler
 from align.errors import AlignError, CheckpointError, DataError, RunError
 from align.evaluate import evaluate
 from align.run import RunFolder, absolute_paths, assemble, load_run
+from align.session import FREE_TO_CHANGE, _is_free_to_change
 from align.tracking import (
     CheckpointEvent,
     EvalEvent,
@@ -35,6 +37,8 @@ from align.tracking import (
 )
 from align.trainer import evaluate_loss, train
 from featcache.errors import ConfigError, FingerprintMismatch
+from featcache.extract import ExtractOptions, extract
+from featcache.fingerprint import flatten
 from featcache.store import Store
 
 MakeConfig = Callable[..., RunConfig]
@@ -290,21 +294,186 @@ def test_a_loss_that_is_not_finite_stops(
     assert train(make_config("optim.lr=1e-3"), [store.path], tmp_path / "again").step == 6
 
 
+def damage(store: Store, key: str, value: bytes = b"\x00\x7e") -> Path:
+    """Overwrites an image's stored features in the shard file, the checksums not; returns the file.
+
+    value: fp16, little-endian; NaN unless told.
+    """
+    (row,) = store.rows([key]).tolist()
+    offset, length = store.index.chunks[store.layers[0]][row].tolist()
+    file = store.shard_file(store.layers[0], row // store.geometry.images)
+    with file.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(value * (length // 2))
+    return file
+
+
+def without_checksums(make_config: MakeConfig, *overrides: str) -> RunConfig:
+    """A config under which damaged features are read as they are."""
+    return make_config(*overrides)
+
+
+@pytest.mark.parametrize("steps", ["train.log_every=1", "train.log_every=50"])
+def test_damaged_features_are_told_from_a_diverging_run(
+    store: Store, make_config: MakeConfig, tmp_path: Path, steps: str
+) -> None:
+    """NaN on disk is not blamed on the learning rate, and mended bytes are the cure."""
+    damaged = shutil.copytree(store.path, tmp_path / "damaged.zarr")
+    config = without_checksums(make_config, "data.eval_ratio=0", "train.steps=10", steps)
+    train(config, [store.path], tmp_path / "whole")
+    run = tmp_path / "run"
+    sampler = StepSampler(40, 4, 1, config.train.seed)
+    samples = assemble(config, [store.path], run).splits.train
+    third = [samples[i].record for i in sampler.step(2).tolist()]
+    file = damage(featcache.open(damaged), third[1].images[0])
+
+    with pytest.raises(DataError) as caught:
+        train(config, [damaged], run)
+    key = third[1].images[0]
+    assert str(caught.value) == (
+        "step 3: loss nan, gradient norm nan are not finite, as the features of "
+        f"{key} in {damaged} are not (all in {run / 'not_finite.json'}); the store is damaged: "
+        f"run `featcache verify {damaged} --repair`, then --resume"
+    )
+    document = json.loads((run / "not_finite.json").read_text())
+    assert document == {"step": 3, "ids": [record.id for record in third], "images": [key]}
+
+    shutil.copy(store.path / file.relative_to(damaged), file)
+    train(config, [damaged], run, resume=True)
+    assert_same_runs(tmp_path / "whole", run)
+
+
+def with_ghosts(
+    jsonl: Callable[..., Path], file: Path, good: int, gone: int, prefix: str = ""
+) -> Path:
+    """Records of two images, of which `gone` lack the second one's features."""
+    names = [f"{prefix}s{i}" for i in range(good)] + [f"{prefix}gone{i}" for i in range(gone)]
+    return jsonl(
+        file,
+        [
+            {
+                "id": name,
+                "images": [f"{i:03d}.png", "gone.png" if "gone" in name else "039.png"],
+                "caption": f"two squares, {i}",
+            }
+            for i, name in enumerate(names)
+        ],
+    )
+
+
+def left_out(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's left_out.jsonl."""
+    return [json.loads(line) for line in (run / "left_out.jsonl").read_text().splitlines()]
+
+
 def test_left_out_records_are_told_before_the_first_step(
     store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path]
 ) -> None:
-    lines = [{"id": f"s{i}", "images": [f"{i:03d}.png"], "caption": "a square"} for i in range(9)]
-    lines += [{"id": "gone", "images": ["gone.png"], "caption": "a ghost"}]
-    data = jsonl(tmp_path / "data.jsonl", lines)
+    """In one line, and all of them in a file that is there by then."""
+    data = with_ghosts(jsonl, tmp_path / "data.jsonl", good=16, gone=4)
+    run = tmp_path / "run"
     events: list[Event] = []
-    train(
-        make_config(f"data.files=[{data}]", "train.steps=1"),
-        [store.path],
-        tmp_path / "run",
-        on_event=events.append,
-    )
+    found: list[dict[str, Any]] = []
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, NoticeEvent) and event.text.startswith("left out"):
+            found.extend(left_out(run))
+
+    config = make_config(f"data.files=[{data}]", "train.steps=1", "data.max_missing=0.2")
+    train(config, [store.path], run, on_event=on_event)
     assert isinstance(events[1], NoticeEvent)
-    assert events[1].text == "left out 1 of 10 records: 1 image not in the store (gone)"
+    assert events[1].text == (
+        "left out 4 of 20 records: 4 image not in the store (gone0, gone1, gone2, ...); "
+        f"all in {run / 'left_out.jsonl'}"
+    )
+    assert found == [
+        {
+            "id": f"gone{i}",
+            "reason": "image not in the store",
+            "detail": "gone.png: not in the store",
+            "images": [f"{16 + i:03d}.png", "gone.png"],
+        }
+        for i in range(4)
+    ]
+
+
+def test_a_file_of_left_out_records_that_cannot_be_written(
+    store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
+    data = with_ghosts(jsonl, tmp_path / "data.jsonl", good=39, gone=1)
+    (tmp_path / "run/left_out.jsonl").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"left_out.jsonl: cannot be written: Is a directory; free"):
+        train(make_config(f"data.files=[{data}]"), [store.path], tmp_path / "run")
+
+
+def test_too_many_records_without_features_start_nothing(
+    store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
+    data = with_ghosts(jsonl, tmp_path / "data.jsonl", good=16, gone=4)
+    with pytest.raises(DataError, match=r"4 of 20 records have no .* set data.max_missing=0.2 "):
+        train(make_config(f"data.files=[{data}]"), [store.path], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_may_be_missing_may_change_when_a_run_is_resumed(
+    store: Store, make_config: MakeConfig, tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
+    """Images of the validation file lose their features and get them back."""
+    run = tmp_path / "run"
+    data = with_ghosts(jsonl, tmp_path / "data.jsonl", good=12, gone=0)
+    held = with_ghosts(jsonl, tmp_path / "val.jsonl", good=4, gone=0, prefix="v")
+    given = [f"data.files=[{data}]", f"data.val_files=[{held}]"]
+    train(make_config(*given), [store.path], run)
+    assert not (run / "left_out.jsonl").exists()
+    digest = load_run(run).identity()["data"]
+
+    with_ghosts(jsonl, held, good=4, gone=4, prefix="v")
+    with pytest.raises(DataError, match=r"4 of 20 records have no features"):
+        train(make_config(*given), [store.path], run, resume=True)
+    with pytest.raises(
+        DataError, match=r"4 of 20 .*\(for `align eval`, in the run's config.yaml\)"
+    ):
+        load_run(run)
+    train(make_config(*given, "data.max_missing=0.2"), [store.path], run, resume=True)
+    assert [record["id"] for record in left_out(run)] == [f"vgone{i}" for i in range(4)]
+    # What was allowed to train is allowed to be evaluated, and to be resumed as it was.
+    loaded = load_run(run)
+    assert loaded.identity()["data"] == digest
+    assert len(evaluate(loaded).captions) == 4
+    assert train(load_config(run / "config.yaml"), [store.path], run, resume=True).step == 6
+
+    with_ghosts(jsonl, held, good=4, gone=0, prefix="v")
+    train(make_config(*given), [store.path], run, resume=True)
+    assert not (run / "left_out.jsonl").exists()
+
+
+def test_a_store_that_lacks_the_runs_images_is_refused_for_evaluation(
+    store: Store, make_config: MakeConfig, tmp_path: Path, world: Path, jsonl: Callable[..., Path]
+) -> None:
+    """`align eval --features`: the same encoder, but only 30 of the 40 images."""
+    data = world / "captions.jsonl"
+    train(make_config(f"data.files=[{data}]"), [store.path], tmp_path / "run")
+    lines = data.read_text().splitlines(keepends=True)[:30]
+    (tmp_path / "part.jsonl").write_text("".join(lines))
+    out = tmp_path / "part.zarr"
+    model = str(world / "siglip")
+    extract(ExtractOptions(model, (tmp_path / "part.jsonl",), out, world / "images"))
+    with pytest.raises(DataError, match=r"part.zarr: 10 of 40 records have no .*max_missing=0.25 "):
+        load_run(tmp_path / "run", features=[out])
+    allowed = load_run(tmp_path / "run", features=[out], overrides=["data.max_missing=0.25"])
+    assert len(evaluate(allowed).captions) == 6  # of 30
+
+
+def test_only_the_named_settings_may_change_when_a_run_is_resumed() -> None:
+    """A setting whose name begins like another one is not let through with it."""
+    assert all(_is_free_to_change(setting) for setting in ("data.max_missing", "eval.seed"))
+    for setting in ("data.max_missing_images", "data.max", "evaluation.seed", "train.samples_seen"):
+        assert not _is_free_to_change(setting)
+    settings = {name for name, _ in flatten(config_dict(RunConfig()))}
+    for free in FREE_TO_CHANGE:  # none is misspelt
+        assert any(name == free or name.startswith(f"{free}.") for name in settings), free
+    assert not any(_is_free_to_change(name) for name in settings if name.startswith("optim."))
 
 
 def test_samples_without_room_are_told_and_skipped(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from featcache.manifests import Record, Turn
 from featcache.store import Store
 
 CAPTION = TemplateConfig()
+Jsonl = Callable[[Path, list[dict[str, Any]]], Path]
 
 
 def records(count: int) -> list[Record]:
@@ -98,7 +101,9 @@ def test_what_is_held_out_is_not_trained_on_by_default(world: Path, store: Store
         build_splits(DataConfig(val_files=[str(world / "captions.jsonl")]), CAPTION, store)
 
 
-def test_left_out_records_are_counted_with_reasons(world: Path, tmp_path: Path, jsonl) -> None:  # type: ignore[no-untyped-def]
+@pytest.fixture
+def torn(world: Path, tmp_path: Path, jsonl: Jsonl) -> Store:
+    """A store of good.png, in whose ledger is torn.png; later.png lies beside them."""
     images = tmp_path / "images"
     images.mkdir()
     for name in ("good.png", "later.png"):
@@ -112,6 +117,12 @@ def test_left_out_records_are_counted_with_reasons(world: Path, tmp_path: Path, 
     extract(
         ExtractOptions(str(world / "siglip"), (extracted,), out, images, max_failures=1, workers=1)
     )
+    return featcache.open(out)
+
+
+def test_left_out_records_are_counted_with_reasons(
+    torn: Store, tmp_path: Path, jsonl: Jsonl
+) -> None:
     data = jsonl(
         tmp_path / "b.jsonl",
         [
@@ -120,23 +131,119 @@ def test_left_out_records_are_counted_with_reasons(world: Path, tmp_path: Path, 
             {"id": "half", "images": ["good.png", "later.png"], "caption": "two"},
             {"id": "mute", "images": ["good.png"], "caption": " "},
             {"id": "odd", "images": ["good.png"], "caption": "an <image> inside"},
+            {"id": "malformed", "images": 7, "caption": "a number"},
         ],
     )
-    splits = build_splits(DataConfig(files=[str(data)]), CAPTION, featcache.open(out))
+    splits = build_splits(DataConfig(files=[str(data)], max_missing=1), CAPTION, torn)
     assert [s.record.id for s in splits.train] == ["ok"]
-    assert splits.found == 5
-    assert splits.left_out.total == 4
+    assert splits.found == 6
+    assert splits.left_out.total == 5
     told = str(splits.left_out)
     assert "1 image not in the store (half)" in told
     assert "1 <image> in the answer (odd)" in told
-    assert any(
-        reason.startswith("image ") and "torn" in ids
-        for reason, ids in splits.left_out.first.items()
-    ), told
+    assert "1 image undecodable (torn)" in told
+
+    records = {record.id: record for record in splits.left_out_records}
+    assert list(records) == ["b.jsonl:4", "b.jsonl:6", "odd", "torn", "half"]
+    (failure,) = torn.failures()
+    assert failure.detail
+    assert records["torn"].reason == "image undecodable"
+    assert records["torn"].detail == f"torn.png: undecodable: {failure.detail}"
+    assert records["half"].detail == "later.png: not in the store"
+    assert records["half"].images == ("good.png", "later.png")
+    assert (records["odd"].reason, records["odd"].detail) == (
+        "<image> in the answer",
+        "b.jsonl:5",
+    )
+    assert records["b.jsonl:6"].images == ()
 
     with pytest.raises(DataError, match=r"none of 1 records can be trained on .*not in the store"):
         only = jsonl(tmp_path / "c.jsonl", [{"id": "x", "images": ["later.png"], "caption": "c"}])
-        build_splits(DataConfig(files=[str(only)]), CAPTION, featcache.open(out))
+        build_splits(DataConfig(files=[str(only)]), CAPTION, torn)
+
+
+def lines_of(good: int, gone: int, odd: int = 0, prefix: str = "") -> list[dict[str, object]]:
+    """Records whose image is in the store, whose is not, and that cannot be used anyhow."""
+    return [
+        *(
+            {"id": f"{prefix}g{i}", "images": [f"{i:03d}.png"], "caption": "a square"}
+            for i in range(good)
+        ),
+        *(
+            {"id": f"{prefix}x{i}", "images": [f"gone{i}.png"], "caption": "a ghost"}
+            for i in range(gone)
+        ),
+        *(
+            {"id": f"{prefix}o{i}", "images": ["none.png"], "caption": ("", "a <image>")[i % 2]}
+            for i in range(odd)
+        ),
+    ]
+
+
+def test_too_many_records_without_features_are_refused(
+    store: Store, tmp_path: Path, jsonl: Jsonl
+) -> None:
+    data = jsonl(tmp_path / "data.jsonl", lines_of(good=30, gone=4))
+    with pytest.raises(DataError) as caught:
+        build_splits(DataConfig(files=[str(data)]), CAPTION, store)
+    assert str(caught.value) == (
+        f"{store.path}: 4 of 34 records have no features in it, 11.8% where data.max_missing=0.05 "
+        "allows 5.0%: 4 image not in the store (x0, x1, x2, ...); to add features, run `featcache "
+        f"extract --out {store.path}` with this data (`featcache failures {store.path}` lists the "
+        "images to mend first); to do without them, set data.max_missing=0.12 (for `align eval`, "
+        "in the run's config.yaml)"
+    )
+    # The cure, as it was told.
+    config = DataConfig(files=[str(data)], max_missing=0.12, eval_ratio=0)
+    assert len(build_splits(config, CAPTION, store).train) == 30
+
+
+@pytest.mark.parametrize(
+    ("max_missing", "good", "gone"), [(0.05, 38, 2), (0.1, 27, 3), (0.29, 71, 29), (0, 1, 0)]
+)
+def test_the_share_itself_is_allowed(
+    store: Store, tmp_path: Path, jsonl: Jsonl, max_missing: float, good: int, gone: int
+) -> None:
+    """Also where decimal shares are no binary ones: 0.29 * 100 is below 29."""
+    lines = lines_of(good=good, gone=gone)
+    for line in lines[:good]:
+        line["images"] = ["000.png"]
+    config = DataConfig([str(jsonl(tmp_path / "data.jsonl", lines))], max_missing=max_missing)
+    assert build_splits(config, CAPTION, store).left_out.total == gone
+    lines += lines_of(good=0, gone=1, prefix="one more ")
+    jsonl(tmp_path / "data.jsonl", lines)
+    with pytest.raises(DataError, match=f"{gone + 1} of {good + gone + 1} records have no feat"):
+        build_splits(config, CAPTION, store)
+
+
+def test_other_reasons_count_neither_as_missing_nor_as_records(
+    store: Store, tmp_path: Path, jsonl: Jsonl
+) -> None:
+    data = str(jsonl(tmp_path / "data.jsonl", lines_of(good=20, gone=0, odd=20)))
+    splits = build_splits(DataConfig([data], max_missing=0), CAPTION, store)
+    assert splits.left_out.counts == {"the caption is empty": 10, "<image> in the answer": 10}
+    # 2 of 22 are more than 5 %, though 2 of 62 would be less.
+    jsonl(tmp_path / "data.jsonl", lines_of(good=20, gone=2, odd=40))
+    with pytest.raises(DataError, match=r"2 of 22 records have no features .* 9\.1% where"):
+        build_splits(DataConfig([data]), CAPTION, store)
+
+
+def test_validation_files_count_as_well(store: Store, tmp_path: Path, jsonl: Jsonl) -> None:
+    files = [str(jsonl(tmp_path / "data.jsonl", lines_of(good=30, gone=0)))]
+    held = [str(jsonl(tmp_path / "val.jsonl", lines_of(good=2, gone=8, prefix="v")))]
+    with pytest.raises(DataError, match=r"8 of 40 records .*\(vx0, vx1, vx2, ...\)"):
+        build_splits(DataConfig(files, val_files=held), CAPTION, store)
+    splits = build_splits(DataConfig(files, val_files=held, max_missing=0.2), CAPTION, store)
+    assert (len(splits.train), len(splits.val), len(splits.left_out_records)) == (30, 2, 8)
+
+
+def test_nothing_to_train_on_names_the_cure(store: Store, tmp_path: Path, jsonl: Jsonl) -> None:
+    """Here a larger data.max_missing does not help, so it is not advised."""
+    data = str(jsonl(tmp_path / "data.jsonl", lines_of(good=0, gone=2)))
+    with pytest.raises(DataError) as caught:
+        build_splits(DataConfig([data], max_missing=1), CAPTION, store)
+    assert f"run `featcache extract --out {store.path}` with this data" in str(caught.value)
+    assert "max_missing" not in str(caught.value)
 
 
 def test_images_without_text_cannot_be_trained_on(store: Store, world: Path) -> None:
