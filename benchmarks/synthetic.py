@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from featcache.codecs import get_codec
+from featcache.codecs import LayerCodec, StoredFeatures, get_codec
 from featcache.extract import prepare_store
 from featcache.images import digest
 from featcache.index import compile_index
 from featcache.journal import Journal, Plan
-from featcache.layout import ShardGeometry, StoreInfo
-from featcache.writer import ShardBuffer
+from featcache.layout import StoreInfo
+from featcache.writer import ShardBuffer, ShardSpec
 
 
 def write_store(
@@ -42,15 +43,16 @@ def write_store(
         new_digests=[digest(key.encode()) for key in keys],
     )
     prepare_store(out, info, codec, [plan], plan)
-    geometry = ShardGeometry(shard_images, num_patches * width * codec.itemsize)
-    buffer = ShardBuffer(info.layers, geometry, 0)
+    layer = LayerCodec(codec, num_patches, width)
+    buffer = ShardBuffer(ShardSpec(shard_images, {"-2": layer}, None, width))
     rng = np.random.default_rng(0)
     for shard in plan.shards:
         buffer.clear(shard)
         for slot in range(len(plan.digests_of(shard))):
             # The exponent's top bit stays clear, so that every value is finite.
-            bits = rng.integers(0, 2**16, geometry.chunk_bytes // 2, dtype=np.uint16) & 0xBFFF
-            buffer.set(slot, {"-2": bits.view(np.uint8)}, None, (640, 480))
-        buffer.publish(out, b"\0\x7e")
+            bits = rng.integers(0, 2**16, (1, num_patches, width), dtype=np.uint16) & 0xBFFF
+            codes = torch.from_numpy(bits.view(np.float16))
+            buffer.set(slot, {"-2": StoredFeatures(codes, None, layer)}, None, (640, 480))
+        buffer.publish(out)
     compile_index(out, info, Journal.load(out))
     return out

@@ -26,9 +26,9 @@ from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.encode import ShardEncoder, Sources, calibrate
 from featcache.encoders import Encoder, load_encoder
 from featcache.errors import ConfigError, CorruptStoreError, ManifestError, StoreError
-from featcache.files import publish_json
+from featcache.files import publish, publish_json
 from featcache.fingerprint import fingerprint, require_same
-from featcache.index import Index, compile_index
+from featcache.index import Index, compile_index, remove_old
 from featcache.journal import Journal, Plan, locked, merge, num_rows
 from featcache.layout import (
     Status,
@@ -45,6 +45,8 @@ from featcache.writer import ShardSpec, write_error
 
 DEFAULT_BATCH_SIZE = {"cuda": 64, "cpu": 16}
 DEFAULT_SHARD_IMAGES = 128
+BOOKKEEPING_BYTES_PER_ROW = 1024
+"""Of plan, commit record and index, each with its second copy or its successor; 0.5 KB measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +178,8 @@ def _update(
         codec.pooled_dtype if info.pooled else None,
         info.width,
     )
-    nbytes = len(pending) * blank.shard_bytes
-    free_bytes = _require_space(options, nbytes)
+    nbytes = sum(blank.bytes_of(len(each.digests_of(shard))) for each, shard in pending)
+    free_bytes = _require_space(options, nbytes + new * BOOKKEEPING_BYTES_PER_ROW)
 
     if options.dry_run:
         missing = merge(plans).missing
@@ -195,6 +197,7 @@ def _update(
                     on_progress(ExtractProgress("encode", done, new, failed, work.seconds))
         if plan or pending or not _index_is_current(out, info, journal):
             compile_index(out, info, Journal.load(out))
+        remove_old(out, info)
         index = Index.load(out, info)
         rows = zip(keys, index.find(keys).tolist(), strict=True)
         failures = Counter(index.failures[key].reason for key, row in rows if row < 0)
@@ -285,6 +288,10 @@ def prepare_store(
         publish_json(root / path, document)
     if new:
         new.save(root)
+    for plan in plans:  # a run may have been stopped between a plan and its second copy
+        path = layout.plan_path(plan.generation)
+        if not (root / layout.copy_path(path)).exists():
+            publish(root / layout.copy_path(path), [(root / path).read_bytes()])
 
 
 def metadata(info: StoreInfo, codec: Codec, rows: int) -> dict[str, Any]:

@@ -137,8 +137,14 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
     info.index = name
     info.generation = journal.plans[-1].generation
     info.save(root)
+    remove_old(root, info)
+
+
+def remove_old(root: Path, info: StoreInfo) -> None:
+    """Remove what is below `index` but the valid one: a run may have been stopped before it did."""
+    assert info.index is not None
     for old in (root / "index").iterdir():
-        if old.is_dir() and old != base:
+        if old.is_dir() and old != root / info.index:
             shutil.rmtree(old)
 
 

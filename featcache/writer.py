@@ -48,11 +48,16 @@ class ShardSpec:
 
     @property
     def shard_bytes(self) -> int:
-        """Largest size of a shard's data files together, and of the buffer that it is filled in."""
+        """Of a full shard's data files together, and of the buffer that it is filled in."""
+        return self.bytes_of(self.images)
+
+    def bytes_of(self, images: int) -> int:
+        """Of the data files of a shard whose first `images` rows have features."""
         pooled = self.pooled_width * self.pooled_dtype.itemsize if self.pooled_dtype else 0
         of_layers = sum(
-            self.images * (self.geometry(name).pitch_bytes + layer.scale_bytes)
+            images * self.geometry(name).pitch_bytes
             + self.geometry(name).index_bytes
+            + self.images * layer.scale_bytes
             for name, layer in self.layers.items()
         )
         return of_layers + self.images * pooled
