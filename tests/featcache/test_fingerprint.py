@@ -20,7 +20,6 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import featcache
 from featcache.encoders import Encoder, Preprocessing, load_encoder
@@ -39,20 +38,50 @@ from featcache.images import decode
 
 PROBE = Path(featcache.__file__).parent / "assets" / "probe"
 
-FIELDS = """
-encoder.name encoder.revision encoder.weights encoder.random_weights encoder.architecture
-encoder.config.hidden_act encoder.config.hidden_size encoder.config.image_size
-encoder.config.intermediate_size encoder.config.layer_norm_eps encoder.config.num_attention_heads
-encoder.config.num_channels encoder.config.num_hidden_layers encoder.config.patch_size
-encoder.config.vision_use_head encoder.num_patches encoder.width
-features.layers features.post_layernorm features.dropped_tokens
-preprocessing.processor preprocessing.height preprocessing.width preprocessing.aspect
-preprocessing.pad preprocessing.resample preprocessing.rescale_factor preprocessing.mean
-preprocessing.std preprocessing.convert preprocessing.exif preprocessing.frame preprocessing.grey16
-preprocessing.probe
-compute.dtype compute.fp32_matmul compute.device compute.attention
-versions.torch versions.transformers versions.pillow versions.numpy
-""".split()
+FIELDS = [
+    "encoder.name",
+    "encoder.revision",
+    "encoder.weights",
+    "encoder.random_weights",
+    "encoder.architecture",
+    "encoder.config.hidden_act",
+    "encoder.config.hidden_size",
+    "encoder.config.image_size",
+    "encoder.config.intermediate_size",
+    "encoder.config.layer_norm_eps",
+    "encoder.config.num_attention_heads",
+    "encoder.config.num_channels",
+    "encoder.config.num_hidden_layers",
+    "encoder.config.patch_size",
+    "encoder.config.vision_use_head",
+    "encoder.num_patches",
+    "encoder.width",
+    "features.layers",
+    "features.post_layernorm",
+    "features.dropped_tokens",
+    "preprocessing.processor",
+    "preprocessing.height",
+    "preprocessing.width",
+    "preprocessing.aspect",
+    "preprocessing.pad",
+    "preprocessing.resample",
+    "preprocessing.rescale_factor",
+    "preprocessing.mean",
+    "preprocessing.std",
+    "preprocessing.convert",
+    "preprocessing.exif",
+    "preprocessing.frame",
+    "preprocessing.grey16",
+    "preprocessing.probe",
+    "compute.dtype",
+    "compute.fp32_matmul",
+    "compute.device",
+    "compute.attention",
+    "versions.torch",
+    "versions.transformers",
+    "versions.pillow",
+    "versions.numpy",
+]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from featcache.encoders import Encoded, Encoder, load_encoder
@@ -114,9 +113,3 @@ def test_a_million_bad_files_end_with_the_budget(encoder: Encoder, tmp_path: Pat
     files = [tmp_path / "missing.jpg"] * 1_000_000
     assert probe_speed(encoder, files, 4, 1, budget_s=50, clock=lambda: next(ticks)) is None
     assert next(ticks) < 60
-
-
-def test_global_randomness_is_left_alone(encoder: Encoder, files: list[Path]) -> None:
-    state = torch.random.get_rng_state()
-    probe_speed(encoder, files, 2, workers=1)
-    assert torch.equal(torch.random.get_rng_state(), state)
