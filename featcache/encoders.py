@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
@@ -30,6 +31,20 @@ from featcache.registry import ENCODERS, EncoderEntry
 
 RANDOM_SEED = 0
 """Seed of `random_weights`, so that two extractions with random weights agree."""
+RANDOM_REVISION = "random weights"
+"""What stands for a revision where the weights are random."""
+
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",  # Windows' wording
+    # oneDNN's; the second may have other causes, so the error for a single image quotes it.
+    "could not create a memory",
+    "could not create a primitive",
+    "std::bad_alloc",
+    # A full device leaves no room for cuBLAS' workspace, which is not torch's to allocate.
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Texts by which a RuntimeError says that memory is full; CUDA's allocator has a type for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +60,11 @@ class Preprocessing:
     """The settings of the checkpoint's image processor, and the same arithmetic split in two:
     resizing on the CPU gives uint8, normalising happens on the device.
 
-    size: (height, width) in pixels. resample: PIL filter. mean, std: per channel, of [0, 1] values.
+    processor: class of the image processor. size: (height, width) in pixels. resample: PIL filter.
+    mean, std: per channel, of [0, 1] values.
     """
 
+    processor: str
     size: tuple[int, int]
     resample: Image.Resampling
     rescale_factor: float
@@ -64,7 +81,14 @@ class Preprocessing:
                 f"the image processor of {name} does not resize to a fixed height and width and "
                 f"normalise (size {dict(size)}); only such processors are supported"
             )
+        for step in ("do_center_crop", "do_pad"):
+            if getattr(processor, step, None):
+                raise EncoderError(
+                    f"the image processor of {name} has {step} set; only processors that resize "
+                    "to a fixed height and width and normalise are supported"
+                )
         return cls(
+            processor=type(processor).__name__,
             size=(size.height, size.width),
             resample=Image.Resampling(int(processor.resample)),
             rescale_factor=float(processor.rescale_factor),
@@ -92,9 +116,11 @@ class Preprocessing:
     def describe(self) -> dict[str, Any]:
         """The settings as they stand in a store's fingerprint."""
         return {
+            "processor": self.processor,
             "height": self.size[0],
             "width": self.size[1],
             "aspect": "squash",
+            "pad": "none",
             "resample": self.resample.name.lower(),
             "rescale_factor": self.rescale_factor,
             "mean": list(self.mean),
@@ -110,6 +136,9 @@ class Encoder:
     block's output before the post-layernorm, "-2" the one before, "0" the patch embeddings;
     "last" is after the post-layernorm (transformers' `last_hidden_state`).
     weights: `weights_digest` of the model in float32.
+    max_batch: the most images that one pass takes, found by running out of memory; None before.
+    backed_off: (images that did not fit, images that then did) of the latest time; None before.
+        Changes whenever memory runs out again, so a caller tells its user when it has changed.
     """
 
     name: str
@@ -120,6 +149,8 @@ class Encoder:
     layers: tuple[str, ...]
     device: torch.device
     compute_dtype: torch.dtype
+    max_batch: int | None = field(init=False, default=None)
+    backed_off: tuple[int, int] | None = field(init=False, default=None)
     _table: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,6 +174,26 @@ class Encoder:
         return self.model.config
 
     @property
+    def architecture(self) -> dict[str, Any]:
+        """The config values that decide numbers at equal weights, as JSON.
+
+        All that the model family's config class declares beyond transformers' common ones: those
+        say how a model is loaded and what it returns. Dropout does nothing in a frozen model.
+        """
+        common = {each.name for each in fields(PreTrainedConfig)}
+        return {
+            each.name: list(value) if isinstance(value, tuple) else value
+            for each in sorted(fields(self.config), key=lambda each: each.name)
+            if each.name not in common and not each.name.endswith("dropout")
+            for value in (getattr(self.config, each.name),)
+        }
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether nothing was ever learned."""
+        return self.revision == RANDOM_REVISION
+
+    @property
     def num_patches(self) -> int:
         """P."""
         return (self.config.image_size // self.config.patch_size) ** 2
@@ -163,7 +214,39 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Encoded:
-        """uint8[B, height, width, 3] -> features of each of `layers`, in the compute dtype."""
+        """uint8[B, height, width, 3] -> features of each of `layers`, in the compute dtype.
+
+        A batch for which the memory does not suffice is computed in parts, halved until they fit;
+        later batches begin with what fitted. Cutting a batch may change a feature's last bits.
+
+        Raises EncoderError where a single image does not fit.
+        """
+        parts: list[Encoded] = []
+        size = min(len(pixels), self.max_batch or len(pixels))
+        start, failed = 0, None
+        while start < len(pixels):
+            part = pixels[start : start + size]
+            encoded = _unless_out_of_memory(partial(self._forward, part))
+            if isinstance(encoded, str):
+                if len(part) == 1:
+                    raise self._no_room(1, encoded)
+                failed, size = failed or len(part), (len(part) + 1) // 2
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            if failed is not None:
+                self.max_batch, self.backed_off, failed = size, (failed, size), None
+            parts.append(encoded)
+            start += len(part)
+        if len(parts) == 1:
+            return parts[0]
+        joined = _unless_out_of_memory(partial(_concatenate, parts))
+        if isinstance(joined, str):
+            raise self._no_room(len(pixels), joined)
+        return joined
+
+    def _forward(self, pixels: Tensor) -> Encoded:
+        """`encode` of a batch that fits."""
         taken: dict[int, Tensor] = {}
         blocks = self.model.encoder.layers
         depth = len(blocks)
@@ -188,6 +271,38 @@ class Encoder:
         if "last" in self.layers:
             features["last"] = output.last_hidden_state
         return Encoded({layer: features[layer] for layer in self.layers}, output.pooler_output)
+
+    def _no_room(self, batch: int, reason: str) -> EncoderError:
+        smaller = "a smaller encoder" if batch == 1 else "a smaller --batch-size"
+        elsewhere = "--device cpu or " if self.device.type == "cuda" else ""
+        return EncoderError(
+            f"the encoder {self.name} ran out of memory on {self.device} at batch {batch} "
+            f"({reason}); use {elsewhere}{smaller}"
+        )
+
+
+def _unless_out_of_memory(compute: Callable[[], Encoded]) -> Encoded | str:
+    """What `compute` returns; what was said where memory does not suffice.
+
+    On return the exception is gone, and with its traceback's frames the tensors of the attempt:
+    a retry from within `except` would find them all still there.
+    """
+    try:
+        return compute()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _first_line(error)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in OUT_OF_MEMORY):
+            raise
+        return _first_line(error)
+
+
+def _concatenate(parts: Sequence[Encoded]) -> Encoded:
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Encoded(
+        {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
+        torch.cat(pooled) if pooled else None,
+    )
 
 
 def load_encoder(
@@ -216,7 +331,7 @@ def load_encoder(
     compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return Encoder(
         name=name,
-        revision="random weights" if random_weights else getattr(config, "_commit_hash", None),
+        revision=RANDOM_REVISION if random_weights else getattr(config, "_commit_hash", None),
         weights=weights_digest(model),
         model=model.eval().requires_grad_(False).to(device=device, dtype=compute_dtype),
         preprocessing=Preprocessing.from_processor(processor, name),
