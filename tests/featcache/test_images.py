@@ -63,8 +63,8 @@ def test_exif_orientation_is_ignored() -> None:
 @pytest.mark.parametrize(
     ("data", "detail"),
     [
-        (b"", "not an image format that Pillow knows"),
-        (b"plain text", "not an image format that Pillow knows"),
+        (b"", "no image of a known format"),
+        (b"plain text", "no image of a known format"),
         (encoded(Image.fromarray(RGB), "JPEG")[:-300], "truncated"),
         (encoded(Image.fromarray(RGB))[:200], "truncated"),
         (encoded(Image.new("F", (4, 4)), "TIFF"), "mode F has no defined white"),
