@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,6 +168,38 @@ def test_an_image_beyond_the_memory_is_too_large(
     with pytest.raises(ImageError, match="33 x 21 pixels do not fit in memory") as caught:
         decode(encoded(Image.fromarray(RGB).convert("RGBA"), "PNG"))
     assert caught.value.reason == "too_large"
+
+
+IN_LITTLE_MEMORY = """
+import resource, sys
+from featcache.errors import ImageError
+from featcache.images import decode
+from tests.support_images import bilevel_png, hostile
+
+bombs = {name: zoo.data for name, zoo in hostile().items() if name.startswith("bomb")}
+bombs["within Pillow's limit.png"] = bilevel_png(13_000, 13_000)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 300_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for name, data in bombs.items():
+    try:
+        decode(data)
+    except ImageError as error:
+        print(error.reason)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory by /proc")
+def test_bombs_need_little_memory_and_real_ones_end_in_the_ledger() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_LITTLE_MEMORY],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["too_large"] * 7
 
 
 def test_what_is_no_file_is_never_waited_for(tmp_path: Path) -> None:
