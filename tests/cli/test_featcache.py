@@ -54,7 +54,7 @@ def test_extract_info_failures(
         {
             "key": "0001.png",
             "reason": "undecodable",
-            "detail": "not an image format that Pillow knows",
+            "detail": "no image of a known format",
         }
     ]
 

@@ -150,7 +150,7 @@ def test_rows_reasons_and_sizes(store_dir: Path) -> None:
     store = featcache.open(store_dir)
     assert store.rows(["0003.png", BROKEN, "none.png", "0000.png"]).tolist() == [3, -1, -1, 0]
     assert store.rows([]).tolist() == []
-    assert store.reason(BROKEN) == "undecodable: not an image format that Pillow knows"
+    assert store.reason(BROKEN) == "undecodable: no image of a known format"
     assert store.reason("none.png") == "not in the store"
     assert (store.num_rows, store.num_images) == (COUNT, COUNT - 1)
     image = load_image(store_dir.parent / "images" / "0003.png")
