@@ -27,6 +27,7 @@ from align.optim import OptimConfig
 from featcache.errors import ConfigError
 from featcache.files import publish
 from featcache.fingerprint import diff
+from featcache.reader import CHECKS
 
 
 @dataclass
@@ -79,6 +80,9 @@ class TrainConfig:
     """Threads that read features from disk."""
     read_ahead: int = 3
     """Batches of features read ahead of the one in use."""
+    verify_features: str = "once"
+    """When an image's stored checksum is compared with what was read: "once" (the first time),
+    "always", or "off"."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one "field: reason" each."""
@@ -101,6 +105,9 @@ class TrainConfig:
         ):
             if getattr(self, name) < 0:
                 yield f"{name}: must be at least 0, got {getattr(self, name)}"
+        if self.verify_features not in CHECKS:
+            known = ", ".join(map(repr, CHECKS))
+            yield f"verify_features: must be one of {known}, got {self.verify_features!r}"
         if self.precision not in ("auto", "fp32", "bf16"):
             yield f'precision: must be "auto", "fp32" or "bf16", got {self.precision!r}'
 

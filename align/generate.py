@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from align.config import EvalConfig
 from align.data.tokens import SampleEncoder, TokenizedSample
 from align.vlm import AlignModel
+from featcache.codecs import StoredFeatures
 from featcache.errors import ConfigError
 from featcache.manifests import Record
 
@@ -37,13 +38,13 @@ def generate(
     model: AlignModel,
     encoder: SampleEncoder,
     records: Sequence[Record],
-    features: Tensor,
+    features: StoredFeatures | Tensor,
     config: EvalConfig,
 ) -> list[str]:
     """What the model says about each record's images, white space at the ends stripped.
 
     encoder: writes the prompts and knows the tokens that end an answer. records: B of them; an
-    answer they hold is not shown to the model. features: float[I, P, D], the images of records[0],
+    answer they hold is not shown to the model. features: of I images, those of records[0],
     then of records[1], ...; stored dtypes are fine.
     config.temperature 0 takes the most likely token; above it, sampling is from the fewest most
     likely tokens that hold `top_p` of the probability (Holtzman et al. 2020). A record's random

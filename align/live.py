@@ -45,7 +45,7 @@ def caption_images(
         encoder or stored["encoder"]["name"],
         layers=stored["features"]["layers"],
         device=speaker.model.device,
-        random_weights=stored["encoder"]["revision"] == "random weights",
+        random_weights=stored["encoder"]["random_weights"],
     )
     require_same(
         _deciding(stored),
@@ -64,20 +64,19 @@ def caption_images(
     config = speaker.config.eval
     if temperature is not None:
         config = replace(config, temperature=temperature)
+    codec = speaker.codec.to(speaker.model.device)
     said: list[str] = []
     for start in range(0, len(images), config.batch_size):
         part = slice(start, start + config.batch_size)
         features = loaded.encode(torch.stack(pixels[part])).features[speaker.layer]
         # Rounded as the store rounds it, so that both paths see the same numbers.
-        said += generate(
-            speaker.model, speaker.encoder, records[part], features.to(speaker.dtype), config
-        )
+        as_stored, problems = codec.encode(features)
+        for path, problem in zip(images[part], problems, strict=True):
+            if problem is not None:
+                raise DataError(f"{path}: its features cannot be used: {problem}")
+        said += generate(speaker.model, speaker.encoder, records[part], as_stored, config)
     return said
 
 
 def _deciding(found: dict[str, object]) -> dict[str, object]:
-    parts = {name: found[name] for name in DECIDING}
-    encoder = dict(found["encoder"])  # type: ignore[call-overload]
-    # A model may be reached by another name or revision; the weights' digest tells.
-    del encoder["name"], encoder["revision"]
-    return {**parts, "encoder": encoder}
+    return {name: found[name] for name in DECIDING}

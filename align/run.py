@@ -33,6 +33,7 @@ from align.data.tokens import SampleEncoder
 from align.errors import CheckpointError, RunError
 from align.llm import SHIPPED, load_llm
 from align.vlm import AlignModel
+from featcache.codecs import LayerCodec, describe_codec, load_codec
 from featcache.device import resolve_device
 from featcache.errors import ConfigError, FingerprintMismatch
 from featcache.files import publish_json
@@ -128,6 +129,7 @@ class Run:
                 self.layer,
                 train.read_threads,
                 train.read_ahead,
+                train.verify_features,
             )
         return self._loaders[split]
 
@@ -144,6 +146,7 @@ class Run:
                 parts = [record.id, *record.images, answer(record)]
                 digest.update(json.dumps(parts).encode() + b"\n")
             self._data_digest = digest.hexdigest()
+        layer_codec = self.store.layer_codec(self.layer)
         return {
             "store": self.store.fingerprint,
             "llm": self.model.llm.identity,
@@ -152,10 +155,7 @@ class Run:
                 "in_width": self.store.width,
                 "out_width": self.model.llm.hidden_size,
             },
-            "features": {
-                "layer": self.layer,
-                "dtype": str(self.store.dtype).removeprefix("torch."),
-            },
+            "features": {"layer": self.layer, "codec": describe_codec(layer_codec)},
             "precision": "fp32" if self.model.autocast is None else "bf16",
             "data": {"train": len(self.splits.train), "digest": self._data_digest},
             "versions": versions(),
@@ -166,7 +166,8 @@ class Run:
 class Speaker:
     """What a trained run needs to say something about new images: neither its store nor its data.
 
-    store: fingerprint of the store that it was trained on. layer, dtype: of the features in it.
+    store: fingerprint of the store that it was trained on. layer: of the features in it.
+    codec: how they are stored.
     """
 
     path: Path
@@ -175,7 +176,7 @@ class Speaker:
     encoder: SampleEncoder
     store: dict[str, Any]
     layer: str
-    dtype: torch.dtype
+    codec: LayerCodec
 
 
 def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> Run:
@@ -259,7 +260,7 @@ def load_speaker(path: Path | str, checkpoint: str = "last") -> Speaker:
     config = load_config(folder.config)
     found = find_checkpoint(folder.checkpoints, checkpoint)
     state = found.state()
-    if "features" not in state:
+    if "codec" not in state.get("features", {}):
         raise CheckpointError(
             f"{found.path}: does not say how its store keeps features, as it was written by an "
             "earlier version; use `align eval`, or train again"
@@ -276,7 +277,7 @@ def load_speaker(path: Path | str, checkpoint: str = "last") -> Speaker:
         encoder=encoder,
         store=state["store"],
         layer=features["layer"],
-        dtype=getattr(torch, features["dtype"]),
+        codec=load_codec(features["codec"]),
     )
 
 

@@ -60,6 +60,7 @@ FREE_TO_CHANGE = (
     "train.sample_every",
     "train.samples",
     "train.save_every",
+    "train.verify_features",
 )
 """Settings, or whole sections, that may differ when a run is resumed: they decide what is told or
 refused, not what is learned. `train.precision` may be named where it was "auto"; what it comes to
@@ -195,7 +196,7 @@ class Session:
             for key, row in zip(sample.record.images, sample.rows, strict=True)
         }
         # One by one: a step may see more images than fit into memory at once.
-        with self.run.store.reader(self.run.layer, threads=1, depth=1) as reader:
+        with self.run.store.reader(self.run.layer, threads=1, depth=1, check="off") as reader:
             return [
                 key
                 for key, row in row_of_key.items()

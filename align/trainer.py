@@ -20,7 +20,7 @@ from torch import Tensor
 from align.config import RunConfig
 from align.data.sampling import in_order
 from align.data.templates import answer
-from align.errors import DataError
+from align.errors import AlignError, DataError
 from align.optim import lr_at
 from align.run import Run
 from align.session import Meter, start_session
@@ -133,7 +133,8 @@ def evaluate_loss(run: Run, limit: int = 0) -> EvalEvent:
 
     limit: the first so many samples; 0 takes all.
 
-    Raises DataError where none of them has a supervised token.
+    Raises DataError where none of them has a supervised token, AlignError where the loss is not
+    finite.
     """
     started = time.perf_counter()
     loader = run.loader("val")
@@ -150,6 +151,11 @@ def evaluate_loss(run: Run, limit: int = 0) -> EvalEvent:
     if not tokens:
         raise DataError(f"none of {count:,} validation samples can be used: {loader.skipped}")
     loss_mean = float(loss_sum) / tokens
+    if not math.isfinite(loss_mean):
+        raise AlignError(
+            f"step {run.step}: the loss over {samples:,} validation samples is {loss_mean}; lower "
+            "optim.lr, or look for damaged features with `featcache verify`"
+        )
     return EvalEvent(run.step, loss_mean, tokens, samples, time.perf_counter() - started)
 
 
@@ -159,8 +165,10 @@ def sample_captions(run: Run, count: int) -> SampleEvent:
 
     samples = run.splits.split("val")[:count]
     records = [sample.record for sample in samples]
-    with run.store.reader(run.layer, threads=1, depth=1) as reader, _eval_mode(run):
-        features = reader.read(np.concatenate([sample.rows for sample in samples]))
+    check = run.config.train.verify_features
+    reader = run.store.reader(run.layer, threads=1, depth=1, check=check)
+    with reader, _eval_mode(run):
+        features = reader.read_stored(np.concatenate([sample.rows for sample in samples]))
         texts = generate(run.model, run.encoder, records, features, run.config.eval)
     return SampleEvent(
         run.step,

@@ -17,6 +17,7 @@ from align.data.collate import Batch
 from align.errors import DataError
 from align.llm import FrozenLLM
 from align.loss import linear_cross_entropy
+from featcache.codecs import StoredFeatures
 
 
 class AlignModel(nn.Module):
@@ -71,25 +72,32 @@ class AlignModel(nn.Module):
             hidden = self.llm.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.predictors)
 
-    def visual(self, features: Tensor) -> Tensor:
-        """features float[I, P, D] in any dtype -> visual tokens float[I, Q, H].
+    def visual(self, features: StoredFeatures | Tensor) -> Tensor:
+        """features float[I, P, D] in any dtype, or as stored -> visual tokens float[I, Q, H].
+
+        Stored ones are decoded here, on the device.
 
         Raises DataError for another number of patches than the connector was built for.
         """
+        # Not to autocast's dtype: a norm over the features comes first, and autocast computes norms
+        # in fp32; what fp16 features lose in bf16 would be lost before it.
+        dtype = next(self.connector.parameters()).dtype
+        if isinstance(features, StoredFeatures):
+            features = features.decode(dtype)
         if features.shape[1] != self.connector.num_patches:
             raise DataError(
                 f"the features have {features.shape[1]} patches an image, the connector was built "
                 f"for {self.connector.num_patches}; use features of the encoder it was trained with"
             )
-        # Not to autocast's dtype: a norm over the features comes first, and autocast computes norms
-        # in fp32; what fp16 features lose in bf16 would be lost before it.
-        tokens: Tensor = self.connector(features.to(next(self.connector.parameters()).dtype))
+        tokens: Tensor = self.connector(features.to(dtype))
         return tokens
 
-    def inputs_embeds(self, input_ids: Tensor, is_slot: Tensor, features: Tensor) -> Tensor:
+    def inputs_embeds(
+        self, input_ids: Tensor, is_slot: Tensor, features: StoredFeatures | Tensor
+    ) -> Tensor:
         """What the backbone starts from, float[B, T, H], for padding on either side.
 
-        input_ids: int64[B, T]; is_slot: bool[B, T]; features: float[I, P, D], the images in the
+        input_ids: int64[B, T]; is_slot: bool[B, T]; features: of I images, see `visual`, in the
         order of their slots.
         """
         with self.precision():

@@ -13,7 +13,7 @@ from cli import console
 if TYPE_CHECKING:
     from align.demo.run import DemoResult
     from align.tracking import Event
-    from featcache.extract import ExtractProgress
+    from featcache.extract import ExtractProgress, Preflight
 
 
 @console.command("demo", interrupted="run the same command again to go on")
@@ -58,7 +58,11 @@ class DemoDisplay:
         self._stage = name
         console.say(f"== {name}", style="bold")
 
-    def extracted(self, progress: ExtractProgress) -> None:
+    def extracted(self, progress: ExtractProgress | Preflight) -> None:
+        from featcache.extract import Preflight
+
+        if isinstance(progress, Preflight):
+            return
         bar = self._bar(progress.stage, "images", progress.total)
         bar.update(progress.done, progress.total)
 

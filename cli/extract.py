@@ -11,7 +11,7 @@ import click
 from cli import console
 
 if TYPE_CHECKING:
-    from featcache.extract import ExtractProgress, ExtractResult
+    from featcache.extract import ExtractProgress, ExtractResult, Preflight
 
 SHOWN_REASONS = 5
 """Reasons for skipped records that are named, the commonest first; --json has all."""
@@ -37,7 +37,7 @@ SHOWN_REASONS = 5
     show_default=True,
     help="As in hidden_states, or 'last' (after the post-layernorm); may be repeated.",
 )
-@click.option("--codec", default="fp16", show_default=True, help="fp16 or bf16.")
+@click.option("--codec", default="fp16", show_default=True, help="fp16, bf16, int8, fp8, int4: docs/codecs.md.")
 @click.option("--batch-size", default="auto", show_default=True, help="Images per forward.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(
@@ -60,7 +60,8 @@ SHOWN_REASONS = 5
     metavar="RATIO",
     help="Exit 1 when a larger part of the images has no features.",
 )
-@click.option("--dry-run", is_flag=True, help="Scan and plan; say what it would take.")
+@click.option("--dry-run", is_flag=True, help="Scan, plan and probe; say what it would take.")
+@click.option("--force", is_flag=True, help="Begin although the disk seems too small.")
 @click.option("--random-weights", is_flag=True, help="Seeded random weights, for benchmarks.")
 def extract(
     model: str,
@@ -77,6 +78,7 @@ def extract(
     executor: str,
     max_failures: float,
     dry_run: bool,
+    force: bool,
     random_weights: bool,
 ) -> console.Result:
     """Run a frozen vision encoder once over images and store its features.
@@ -107,11 +109,13 @@ def extract(
         max_failures=max_failures,
         random_weights=random_weights,
         dry_run=dry_run,
+        force=force,
     )
     with ExtractDisplay() as display:
         result = run(options, display)
     _summary(options.dry_run, result)
     document = {**asdict(result), "path": str(result.path)}
+    document["preflight"]["seconds"] = result.preflight.seconds
     return console.Result(document, 0 if result.ok else 1)
 
 
@@ -121,8 +125,16 @@ class ExtractDisplay:
     def __init__(self) -> None:
         self._bar: console.Progress | None = None
         self._stage = ""
+        self._backed_off: tuple[int, int] | None = None
 
-    def __call__(self, progress: ExtractProgress) -> None:
+    def __call__(self, progress: ExtractProgress | Preflight) -> None:
+        from featcache.extract import Preflight
+
+        if isinstance(progress, Preflight):
+            self._close()
+            if progress.images:
+                console.say(_expected(progress))
+            return
         if progress.stage != self._stage:
             self._close()
             self._stage = progress.stage
@@ -138,6 +150,12 @@ class ExtractDisplay:
                 for stage, seconds in progress.seconds.items()
             )
         self._bar.update(progress.done, progress.total, **shown)
+        if progress.backed_off is not None and progress.backed_off != self._backed_off:
+            self._backed_off = progress.backed_off
+            failed, worked = progress.backed_off
+            console.say(
+                f"the encoder ran out of memory at {failed} images at once; going on with {worked}"
+            )
 
     def __enter__(self) -> ExtractDisplay:
         return self
@@ -151,6 +169,20 @@ class ExtractDisplay:
             self._bar = None
 
 
+def _expected(preflight: Preflight) -> str:
+    """E.g. "558,128 images to encode: 937.4 GB of 2.1 TB free, about 1 h 05 min"."""
+    space = f"{console.size(preflight.nbytes)} of {console.size(preflight.free_bytes)} free"
+    text = f"{preflight.images:,} images to encode: {space}"
+    if preflight.speed is None or preflight.seconds is None:
+        return text
+    speed = preflight.speed
+    return (
+        f"{text}, about {console.duration(preflight.seconds)} (a probe took "
+        f"{1000 * speed.encode_s:.3g} ms an image to encode, {1000 * speed.decode_s:.3g} ms to "
+        f"decode with {speed.workers} workers)"
+    )
+
+
 def _summary(dry_run: bool, result: ExtractResult) -> None:
     by_count = sorted(result.skipped.items(), key=lambda item: -item[1][0])
     for reason, (count, origin) in by_count[:SHOWN_REASONS]:
@@ -159,16 +191,13 @@ def _summary(dry_run: bool, result: ExtractResult) -> None:
         rest = sum(count for _, (count, _) in by_count[SHOWN_REASONS:])
         console.say(f"skipped {rest:,} more, for {len(by_count) - SHOWN_REASONS:,} other reasons")
     if dry_run:
-        console.say(
-            f"{result.images:,} images, {result.new:,} of them to encode: "
-            f"{console.size(result.nbytes)}; {console.size(result.free_bytes)} are free"
-        )
+        console.say(f"{result.images:,} images, {result.new:,} of them to encode")
         for reason, count in result.failures.items():
             console.say(f"{count:,} cannot be read: {reason}")
         return
     console.say(
         f"{result.path}: {result.features:,} of {result.images:,} images have features "
-        f"({result.new:,} new, {console.duration(result.seconds)})"
+        f"({result.new:,} new, {console.duration(result.seconds)}, {_peak(result)})"
     )
     if result.failures:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.failures.items())
@@ -180,3 +209,8 @@ def _summary(dry_run: bool, result: ExtractResult) -> None:
             else "mend the images and run again, or allow more with --max-failures"
         )
         console.fail(f"more images failed than allowed; {cure}")
+
+
+def _peak(result: ExtractResult) -> str:
+    gpu = f", {console.size(result.peak_gpu_bytes)} of GPU memory" * bool(result.peak_gpu_bytes)
+    return f"at most {console.size(result.peak_ram_bytes)} of RAM{gpu}"

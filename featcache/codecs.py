@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -252,3 +253,25 @@ class StoredFeatures:
         if dtype is None:
             dtype = torch.float32 if self.layer.codec.scaled else self.codes.dtype
         return self.layer.codec.decode(self.codes, self.scales, self.layer.channels, dtype)
+
+
+def describe_codec(layer: LayerCodec) -> dict[str, Any]:
+    """All that `load_codec` needs, JSON-able."""
+    channels = None if layer.channels is None else layer.channels.cpu().tolist()
+    return {
+        "name": layer.codec.name,
+        "num_patches": layer.num_patches,
+        "width": layer.width,
+        "channels": channels,
+    }
+
+
+def load_codec(described: dict[str, Any]) -> LayerCodec:
+    """What `describe_codec` described. Raises ConfigError for an unknown name."""
+    channels = described["channels"]
+    return LayerCodec(
+        get_codec(described["name"]),
+        described["num_patches"],
+        described["width"],
+        None if channels is None else torch.tensor(channels, dtype=torch.float32),
+    )

@@ -4,9 +4,8 @@ The batches of a shard are fixed by its plan (its slots in order, `batch_size` a
 across shards), so an image is always computed in the same batch.
 
 RAM: `SHARDS_IN_MEMORY` shard buffers of every layer, `BATCHES_AHEAD` batches of uint8 pixels, and
-one decoded image a worker; 645 MB (fp16), 28 MB and 537 MB a worker at the most for siglip2-so400m
-at 128 images a shard and batches of 16 (the last is Pillow's bomb limit; a 12 megapixel photo is
-36 MB).
+one image being decoded a worker (featcache/images.py); 645 MB (fp16), 28 MB, and 96 MB a worker for
+siglip2-so400m at 128 images a shard, batches of 16 and JPEG photos of 12 megapixels.
 
 Letters: B images of a batch, P patches, D encoder width.
 """
@@ -242,6 +241,8 @@ def load_pixels(encoder: Encoder, sources: Sources, row: int, expected: bytes) -
         pixels = encoder.preprocess(image)
     except ImageError as error:
         status, detail = Status[error.reason.upper()], error.detail
+    except MemoryError:
+        status, detail = Status.TOO_LARGE, "not enough memory to resize it"
     return _Loaded(pixels, size, status, detail, time.perf_counter() - start)
 
 

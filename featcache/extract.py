@@ -10,7 +10,9 @@ planned: 1.2 GB for 558K images.
 from __future__ import annotations
 
 import contextlib
+import resource
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from featcache import layout
@@ -40,11 +43,14 @@ from featcache.layout import (
 )
 from featcache.manifests import Manifest, read_manifest
 from featcache.planning import plan_extraction
+from featcache.probe import Speed, probe_speed
 from featcache.store import shard_spec
 from featcache.writer import ShardSpec, write_error
 
 DEFAULT_BATCH_SIZE = {"cuda": 64, "cpu": 16}
 DEFAULT_SHARD_IMAGES = 128
+PROBED_BATCHES = 16
+"""Of at least so many batches, a few seconds are spent to tell how long all of them will take."""
 BOOKKEEPING_BYTES_PER_ROW = 1024
 """Of plan, commit record and index, each with its second copy or its successor; 0.5 KB measured."""
 
@@ -58,6 +64,7 @@ class ExtractOptions:
     shard_images: rows a shard; None takes the store's, 128 for a new one. workers: decoding
     threads. limit: only the first images.
     max_failures: ratio of images without features above which the result is not ok.
+    force: begin although the disk seems too small.
     """
 
     model: str
@@ -74,6 +81,7 @@ class ExtractOptions:
     max_failures: float = 0.01
     random_weights: bool = False
     dry_run: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,7 @@ class ExtractProgress:
     """A snapshot for display; each stage begins with one of done = 0.
 
     stage: "scan" (hashing image files) or "encode". seconds: per stage of the pipeline, so far.
+    backed_off: (images that did not fit into the encoder's memory, images that then did), or None.
     """
 
     stage: str
@@ -88,6 +97,26 @@ class ExtractProgress:
     total: int
     failed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    backed_off: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What an extraction is about to take.
+
+    images: to encode; nbytes: that it adds; free_bytes: where the store is or will be.
+    speed: of a few images, None where there are too few to tell or none can be read.
+    """
+
+    images: int
+    nbytes: int
+    free_bytes: int
+    speed: Speed | None
+
+    @property
+    def seconds(self) -> float | None:
+        """For all of them, at that speed."""
+        return None if self.speed is None else self.images / self.speed.images_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +126,8 @@ class ExtractResult:
     images: distinct image keys of the data; features: those with features (in a dry run, those
     whose file can be read); new: images encoded by this run; failures: {reason: count};
     skipped: {reason: (count, the first one's file and line)} of records that cannot be used;
-    nbytes: of the features that this run adds; free_bytes: at `path`, before it.
+    preflight: what was expected before the first image.
+    peak_ram_bytes: of this process so far; peak_gpu_bytes: as torch allocated them, 0 on the CPU.
     ok: the failures are within what was allowed, and none is an overflow of the codec.
     """
 
@@ -107,13 +137,14 @@ class ExtractResult:
     new: int
     failures: dict[str, int]
     skipped: dict[str, tuple[int, str]]
-    nbytes: int
-    free_bytes: int
+    preflight: Preflight
     seconds: float
+    peak_ram_bytes: int
+    peak_gpu_bytes: int
     ok: bool
 
 
-OnProgress = Callable[[ExtractProgress], None]
+OnProgress = Callable[[ExtractProgress | Preflight], None]
 
 
 def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -> ExtractResult:
@@ -179,7 +210,15 @@ def _update(
         info.width,
     )
     nbytes = sum(blank.bytes_of(len(each.digests_of(shard))) for each, shard in pending)
-    free_bytes = _require_space(options, nbytes + new * BOOKKEEPING_BYTES_PER_ROW)
+    nbytes += new * BOOKKEEPING_BYTES_PER_ROW
+    free_bytes = require_space(options.out, nbytes, force=options.force)
+    sources = Sources(plans, root)
+    speed = None
+    batch_size = pending[0][0].batch_size if pending else 0
+    if new > (0 if options.dry_run else PROBED_BATCHES * batch_size):
+        speed = probe_speed(encoder, _some_files(sources, pending), batch_size, options.workers)
+    preflight = Preflight(new, nbytes, free_bytes, speed)
+    on_progress(preflight)
 
     if options.dry_run:
         missing = merge(plans).missing
@@ -188,13 +227,15 @@ def _update(
         prepare_store(out, info, codec, plans, plan)
         on_progress(ExtractProgress("encode", 0, new))
         if pending:
-            sources = Sources(plans, root)
             if codec.scaled:
                 _calibrate(out, info, encoder, codec, plans, sources, options.workers)
             spec = shard_spec(out, info)
             with ShardEncoder(out, encoder, spec, sources, options.workers) as work:
                 for done, failed in work.run(pending):
-                    on_progress(ExtractProgress("encode", done, new, failed, work.seconds))
+                    seconds, backed_off = work.seconds, encoder.backed_off
+                    on_progress(
+                        ExtractProgress("encode", done, new, failed, seconds, backed_off)
+                    )
         if plan or pending or not _index_is_current(out, info, journal):
             compile_index(out, info, Journal.load(out))
         remove_old(out, info)
@@ -211,9 +252,10 @@ def _update(
         new=new,
         failures=dict(failures),
         skipped={reason: (count, first[reason]) for reason, count in skipped.items()},
-        nbytes=nbytes,
-        free_bytes=free_bytes,
+        preflight=preflight,
         seconds=0.0,
+        peak_ram_bytes=_peak_ram_bytes(),
+        peak_gpu_bytes=_peak_gpu_bytes(encoder),
         ok=failed <= options.max_failures * len(keys) and not failures[Status.OVERFLOW.reason],
     )
 
@@ -355,15 +397,33 @@ def write_channels(root: Path, info: StoreInfo, layer: str, channels: Tensor) ->
     info.checksums[path] = array_checksum(channels.numpy())
 
 
-def _require_space(options: ExtractOptions, needed: int) -> int:
-    """Free bytes at `out`. Raises StoreError where `needed` bytes do not fit."""
-    place = options.out.absolute()
+def require_space(out: Path, needed: int, *, force: bool = False) -> int:
+    """Free bytes where `out` is or will be. Raises StoreError where `needed` bytes do not fit,
+    unless forced."""
+    place = out.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if needed > free:
+    if needed > free and not force:
         raise StoreError(
-            f"{options.out} needs {needed / 1e9:.1f} GB more and {place} has {free / 1e9:.1f} GB "
-            "free; free some space, choose another --out, or take fewer images with --limit"
+            f"{out} needs {needed / 1e9:.1f} GB more and {place} has {free / 1e9:.1f} GB free; "
+            "free some space, choose another --out or --codec, take fewer images with --limit, or "
+            "begin all the same with --force"
         )
     return free
+
+
+def _some_files(sources: Sources, pending: Sequence[tuple[Plan, int]]) -> list[Path]:
+    """The likeliest files of the images that come first."""
+    plan, shard = pending[0]
+    rows = range(shard * plan.shard_images, shard * plan.shard_images + len(plan.digests_of(shard)))
+    return [sources.paths(row)[0] for row in rows]
+
+
+def _peak_ram_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _peak_gpu_bytes(encoder: Encoder) -> int:
+    return torch.cuda.max_memory_allocated(encoder.device) if encoder.device.type == "cuda" else 0

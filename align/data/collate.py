@@ -18,6 +18,8 @@ from torch import Tensor
 from align.data.dataset import LeftOut, Sample
 from align.data.tokens import IGNORE, SampleEncoder, TokenizedSample
 from align.errors import TemplateError
+from featcache.codecs import StoredFeatures
+from featcache.reader import FeatureReader
 from featcache.store import Store
 
 
@@ -28,7 +30,7 @@ class Batch:
     input_ids: int64[B, T]; slots carry the image token, padding the id 0 (nothing looks at it).
     labels: int64[B, T]; IGNORE where not supervised, not shifted.
     is_slot: bool[B, T].
-    features: float[I, P, D] in the store's dtype, the images of sample 0 first.
+    features: of I images as they lie in the store, those of sample 0 first; or float[I, P, D].
     slots: int64[S], flat positions b * T + t of the slots, in order.
     predictors: int64[N], flat positions whose next token is supervised.
     targets: int64[N], those next tokens.
@@ -42,7 +44,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     is_slot: Tensor
-    features: Tensor
+    features: StoredFeatures | Tensor
     slots: Tensor
     predictors: Tensor
     targets: Tensor
@@ -55,8 +57,9 @@ class Batch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device. The reader's buffer may be reused once this has returned:
-        pageable memory has been read by then, though the copy may still be under way.
+        """The batch on another device, features still in their stored, small form. The reader's
+        buffer may be reused once this has returned: pageable memory has been read by then, though
+        the copy may still be under way.
         """
 
         def move(tensor: Tensor) -> Tensor:
@@ -66,7 +69,9 @@ class Batch:
             input_ids=move(self.input_ids),
             labels=move(self.labels),
             is_slot=move(self.is_slot),
-            features=move(self.features),
+            features=self.features.to(device)
+            if isinstance(self.features, StoredFeatures)
+            else move(self.features),
             slots=move(self.slots),
             predictors=move(self.predictors),
             targets=move(self.targets),
@@ -76,9 +81,11 @@ class Batch:
 
 
 def collate(
-    tokenized: Sequence[TokenizedSample], samples: Sequence[Sample], features: Tensor
+    tokenized: Sequence[TokenizedSample],
+    samples: Sequence[Sample],
+    features: StoredFeatures | Tensor,
 ) -> Batch:
-    """Pads on the right to the longest sample. features: float[I, P, D] of all their images.
+    """Pads on the right to the longest sample. features: of all their images, see Batch.
 
     Of no samples a batch without rows, of which nothing is learned.
     """
@@ -117,7 +124,7 @@ class Loader:
     """Streams batches of a split; features are read in the background, in order.
 
     layer: of the store.
-    threads, depth: of the reader, see `featcache.reader.FeatureReader`.
+    threads, depth, check: of the reader, see `featcache.reader.FeatureReader`.
     skipped: samples that turned out, once tokenised, to have nothing to learn.
     """
 
@@ -127,6 +134,7 @@ class Loader:
     layer: str
     threads: int = 2
     depth: int = 3
+    check: str = "once"
     skipped: LeftOut = field(default_factory=LeftOut)
     _tokenized: dict[int, TokenizedSample] = field(default_factory=dict, repr=False)
     _unusable: set[int] = field(default_factory=set, repr=False)
@@ -138,7 +146,6 @@ class Loader:
         """
         # Tokenised as the reader asks for rows: `depth` batches ahead of the one in use.
         ahead: deque[tuple[list[TokenizedSample], list[Sample]]] = deque()
-        nothing = torch.empty(0, self.store.num_patches, self.store.width, dtype=self.store.dtype)
 
         def rows() -> Iterator[NDArray[np.int64]]:
             for indices in index_batches:
@@ -147,7 +154,8 @@ class Loader:
                 if samples:  # there is nothing to read for the others
                     yield np.concatenate([sample.rows for sample in samples])
 
-        with self.store.reader(self.layer, threads=self.threads, depth=self.depth) as reader:
+        with self._reader(self.depth) as reader:
+            nothing = reader.read_stored(np.empty(0, np.int64))
             for features in reader.stream(rows()):
                 while not ahead[0][0]:
                     yield collate(*ahead.popleft(), nothing)
@@ -159,8 +167,11 @@ class Loader:
         """One batch with memory of its own, without the samples that cannot be used."""
         tokenized, samples = self._tokenize(indices)
         rows = [np.empty(0, np.int64), *(sample.rows for sample in samples)]
-        with self.store.reader(self.layer, threads=self.threads, depth=1) as reader:
-            return collate(tokenized, samples, reader.read(np.concatenate(rows)))
+        with self._reader(depth=1) as reader:
+            return collate(tokenized, samples, reader.read_stored(np.concatenate(rows)))
+
+    def _reader(self, depth: int) -> FeatureReader:
+        return self.store.reader(self.layer, threads=self.threads, depth=depth, check=self.check)
 
     def usable(self) -> Iterator[int]:
         """Indices of the samples that a sequence can be made of; the others go to `skipped`."""

@@ -36,7 +36,7 @@ from align.tracking import (
     read_metrics,
 )
 from align.trainer import evaluate_loss, train
-from featcache.errors import ConfigError, FingerprintMismatch
+from featcache.errors import ConfigError, CorruptStoreError, FingerprintMismatch
 from featcache.extract import ExtractOptions, extract
 from featcache.fingerprint import flatten
 from featcache.store import Store
@@ -300,17 +300,18 @@ def damage(store: Store, key: str, value: bytes = b"\x00\x7e") -> Path:
     value: fp16, little-endian; NaN unless told.
     """
     (row,) = store.rows([key]).tolist()
-    offset, length = store.index.chunks[store.layers[0]][row].tolist()
-    file = store.shard_file(store.layers[0], row // store.geometry.images)
+    codes, _ = store.placements(store.layers[0])
+    shard, slot = divmod(row, codes.rows_per_file)
+    file = codes.paths(shard)
     with file.open("r+b") as stream:
-        stream.seek(offset)
-        stream.write(value * (length // 2))
+        stream.seek(slot * codes.pitch_bytes)
+        stream.write(value * (codes.row_bytes // 2))
     return file
 
 
 def without_checksums(make_config: MakeConfig, *overrides: str) -> RunConfig:
     """A config under which damaged features are read as they are."""
-    return make_config(*overrides)
+    return make_config(*overrides, "train.verify_features=off")
 
 
 @pytest.mark.parametrize("steps", ["train.log_every=1", "train.log_every=50"])
@@ -341,6 +342,17 @@ def test_damaged_features_are_told_from_a_diverging_run(
     shutil.copy(store.path / file.relative_to(damaged), file)
     train(config, [damaged], run, resume=True)
     assert_same_runs(tmp_path / "whole", run)
+
+
+def test_damaged_features_are_not_trained_on(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Finite ones, which nothing but their checksum gives away."""
+    damaged = shutil.copytree(store.path, tmp_path / "damaged.zarr")
+    file = damage(featcache.open(damaged), "007.png", b"\x00\x3c")
+    with pytest.raises(CorruptStoreError, match=r"the features of row \d+ are not the bytes"):
+        train(make_config("data.eval_ratio=0", "train.epochs=1"), [damaged], tmp_path / "run")
+    assert file.exists()
 
 
 def with_ghosts(

@@ -159,11 +159,15 @@ def test_bf16_autocast_keeps_fp32_weights_and_gradients(model: AlignModel, batch
     assert loss.item() == pytest.approx(exact, rel=2e-3)  # measured 1.4e-4
 
 
-def test_features_of_another_dtype_are_taken(model: AlignModel, batch: Batch) -> None:
-    assert batch.features.dtype == torch.float16
-    visual = model.visual(batch.features)
-    assert visual.dtype == torch.float32
-    assert torch.equal(visual, model.connector(batch.features.float()))
+def test_features_of_another_dtype_and_stored_ones_are_taken(
+    model: AlignModel, batch: Batch
+) -> None:
+    plain = batch.features.decode()
+    assert plain.dtype == torch.float16
+    for features in (batch.features, plain):
+        visual = model.visual(features)
+        assert visual.dtype == torch.float32
+        assert torch.equal(visual, model.connector(plain.float()))
 
 
 def test_features_are_normed_before_they_are_rounded_to_bf16(llm: FrozenLLM) -> None:

@@ -23,7 +23,14 @@ from featcache.errors import (
     ManifestError,
     StoreError,
 )
-from featcache.extract import ExtractOptions, ExtractProgress, ExtractResult, extract
+from featcache.extract import (
+    BOOKKEEPING_BYTES_PER_ROW,
+    ExtractOptions,
+    ExtractProgress,
+    ExtractResult,
+    Preflight,
+    extract,
+)
 from featcache.layout import StoreInfo
 from tests.support import Killed, Publications, feature_files, write_captions, write_images
 
@@ -47,18 +54,28 @@ def features_of(store: Path, keys: list[str]) -> torch.Tensor:
 
 
 def test_what_an_extraction_reports(options: ExtractOptions) -> None:
-    seen: list[ExtractProgress] = []
+    seen: list[ExtractProgress | Preflight] = []
     result = extract(options, seen.append)
-    assert replace(result, seconds=0, free_bytes=0) == ExtractResult(
+    preflight = next(p for p in seen if isinstance(p, Preflight))
+    seen.remove(preflight)
+    assert replace(preflight, free_bytes=0) == Preflight(
+        images=10,
+        nbytes=10 * 4096 + 3 * (68 + 4 * 24 * 2) + 10 * BOOKKEEPING_BYTES_PER_ROW,
+        free_bytes=0,
+        speed=None,
+    )
+    assert result.peak_ram_bytes > 50e6
+    assert replace(result, seconds=0, peak_ram_bytes=0) == ExtractResult(
         path=options.out,
         images=10,
         features=10,
         new=10,
         failures={},
         skipped={},
-        nbytes=10 * 4096 + 3 * (68 + 4 * 24 * 2),
-        free_bytes=0,
+        preflight=preflight,
         seconds=0,
+        peak_ram_bytes=0,
+        peak_gpu_bytes=0,
         ok=True,
     )
     assert [(p.stage, p.done, p.total) for p in seen] == [
@@ -385,7 +402,7 @@ def test_another_encoder_is_refused_field_by_field(
     extract(options)
     with pytest.raises(FingerprintMismatch) as caught:
         extract(replace(options, random_weights=True))
-    assert "encoder.weights: 'blake2b:" in str(caught.value)
+    assert "encoder.weights: 'xxh3_128:" in str(caught.value)
     assert "encoder.revision" not in str(caught.value)  # the weights decide
     with pytest.raises(FingerprintMismatch, match=r"codec: 'fp16' in .* 'bf16' in this command"):
         extract(replace(options, codec="bf16"))
