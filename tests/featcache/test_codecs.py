@@ -12,9 +12,8 @@ import torch
 import zarr
 from torch import Tensor
 
-from featcache import codecs
 from featcache.bfloat16 import BFloat16
-from featcache.codecs import CODECS, LayerCodec, get_codec
+from featcache.codecs import CODECS, LayerCodec, get_codec, int4, scaled
 from featcache.errors import ConfigError
 
 SCALED = [name for name, codec in CODECS.items() if codec.scaled]
@@ -94,6 +93,10 @@ def test_encoding_what_was_decoded_moves_a_code_by_one_step_at_most(name: str, w
     layer = calibrated(name, x)
     if layer.channels is not None:
         layer.channels[0] = 0  # its rounding in float32 is another matter
+        spike = torch.zeros(1, width).index_fill_(1, torch.tensor([width // 2]), 1.0)
+        rotation = int4.rotation_of(width, x.device)
+        x[1, 0] = rotation.undo(spike)[0] * layer.channels[1]  # what int4 clips most
+        x[1, 1] = x[1, 0] + 0.02 * x[1, 1]
     first = layer.encode(x)[0]
     again = layer.encode(first.decode(torch.float32))[0]
     if name == "fp8":
@@ -128,7 +131,7 @@ def test_blocks_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     layer = calibrated(name, x)
     outcomes = []
     for block_values in (7 * 96, 64 * 96, 10**9):
-        monkeypatch.setattr(codecs, "_CPU_BLOCK_VALUES", block_values)
+        monkeypatch.setattr(scaled, "CPU_BLOCK_VALUES", block_values)
         stored, _ = layer.encode(x)
         outcomes.append((stored.codes, stored.scales, stored.decode()))
     for other in outcomes[1:]:
@@ -257,7 +260,7 @@ def test_rows_without_features_decode_to_nan() -> None:
 
 
 def test_what_inference_mode_made_works_outside_it() -> None:
-    codecs._rotation.cache_clear()
+    int4.rotation_of.cache_clear()
     x = activations(2, 3, 30)
     layer = calibrated("int4", x)
     with torch.inference_mode():
@@ -265,6 +268,18 @@ def test_what_inference_mode_made_works_outside_it() -> None:
     weight = torch.ones(30, requires_grad=True)
     (layer.encode(x)[0].decode() * weight).sum().backward()
     assert torch.equal(stored.codes, layer.encode(x)[0].codes)
+
+
+def test_autocast_changes_no_bit() -> None:
+    for name in SCALED:
+        x = activations(2, 3, 96)
+        layer = calibrated(name, x)
+        stored, _ = layer.encode(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again, _ = layer.encode(x)
+            decoded = again.decode()
+        assert torch.equal(again.codes, stored.codes)
+        assert torch.equal(decoded, stored.decode())
 
 
 def test_an_overflow_is_named_and_so_is_its_cure() -> None:
