@@ -138,6 +138,17 @@ def test_blocks_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_an_images_bytes_do_not_depend_on_its_neighbours(name: str) -> None:
+    x = activations(3, 729, 96)
+    layer = calibrated(name, x)
+    together, _ = layer.encode(x)
+    for i in range(3):
+        alone, _ = layer.encode(x[i : i + 1])
+        assert torch.equal(alone.codes[0], together.codes[i])
+        assert torch.equal(alone.decode()[0], together.decode()[i])
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", CODECS)
 def test_what_the_encoder_got_wrong_is_caught_wherever_it_is(name: str, bad: float) -> None:
