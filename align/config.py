@@ -82,7 +82,7 @@ class TrainConfig:
     """Batches of features read ahead of the one in use."""
     verify_features: str = "once"
     """When an image's stored checksum is compared with what was read: "once" (the first time),
-    "always", or "off"."""
+    "always", or "never"."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one "field: reason" each."""

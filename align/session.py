@@ -196,7 +196,7 @@ class Session:
             for key, row in zip(sample.record.images, sample.rows, strict=True)
         }
         # One by one: a step may see more images than fit into memory at once.
-        with self.run.store.reader(self.run.layer, threads=1, depth=1, check="off") as reader:
+        with self.run.store.reader(self.run.layer, threads=1, depth=1, check="never") as reader:
             return [
                 key
                 for key, row in row_of_key.items()

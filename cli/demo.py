@@ -13,7 +13,7 @@ from cli import console
 if TYPE_CHECKING:
     from align.demo.run import DemoResult
     from align.tracking import Event
-    from featcache.extract import ExtractProgress, Preflight
+    from featcache.extract import ExtractProgress
 
 
 @console.command("demo", interrupted="run the same command again to go on")
@@ -58,11 +58,7 @@ class DemoDisplay:
         self._stage = name
         console.say(f"== {name}", style="bold")
 
-    def extracted(self, progress: ExtractProgress | Preflight) -> None:
-        from featcache.extract import Preflight
-
-        if isinstance(progress, Preflight):
-            return
+    def extracted(self, progress: ExtractProgress) -> None:
         bar = self._bar(progress.stage, "images", progress.total)
         bar.update(progress.done, progress.total)
 

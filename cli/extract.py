@@ -37,7 +37,12 @@ SHOWN_REASONS = 5
     show_default=True,
     help="As in hidden_states, or 'last' (after the post-layernorm); may be repeated.",
 )
-@click.option("--codec", default="fp16", show_default=True, help="fp16, bf16, int8, fp8, int4: docs/codecs.md.")
+@click.option(
+    "--codec",
+    default="fp16",
+    show_default=True,
+    help="fp16, bf16, int8, fp8, int4: docs/codecs.md.",
+)
 @click.option("--batch-size", default="auto", show_default=True, help="Images per forward.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(
@@ -127,16 +132,11 @@ class ExtractDisplay:
         self._stage = ""
         self._backed_off: tuple[int, int] | None = None
 
-    def __call__(self, progress: ExtractProgress | Preflight) -> None:
-        from featcache.extract import Preflight
-
-        if isinstance(progress, Preflight):
-            self._close()
-            if progress.images:
-                console.say(_expected(progress))
-            return
+    def __call__(self, progress: ExtractProgress) -> None:
         if progress.stage != self._stage:
             self._close()
+            if progress.preflight is not None and progress.total:
+                console.say(_expected(progress.preflight))
             self._stage = progress.stage
             self._bar = console.Progress(progress.stage, unit="images", total=progress.total)
             self._bar.__enter__()
@@ -191,7 +191,7 @@ def _summary(dry_run: bool, result: ExtractResult) -> None:
         rest = sum(count for _, (count, _) in by_count[SHOWN_REASONS:])
         console.say(f"skipped {rest:,} more, for {len(by_count) - SHOWN_REASONS:,} other reasons")
     if dry_run:
-        console.say(f"{result.images:,} images, {result.new:,} of them to encode")
+        console.say(f"{result.images:,} images; {_expected(result.preflight)}")
         for reason, count in result.failures.items():
             console.say(f"{count:,} cannot be read: {reason}")
         return

@@ -85,22 +85,6 @@ class ExtractOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class ExtractProgress:
-    """A snapshot for display; each stage begins with one of done = 0.
-
-    stage: "scan" (hashing image files) or "encode". seconds: per stage of the pipeline, so far.
-    backed_off: (images that did not fit into the encoder's memory, images that then did), or None.
-    """
-
-    stage: str
-    done: int
-    total: int
-    failed: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    backed_off: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Preflight:
     """What an extraction is about to take.
 
@@ -117,6 +101,24 @@ class Preflight:
     def seconds(self) -> float | None:
         """For all of them, at that speed."""
         return None if self.speed is None else self.images / self.speed.images_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractProgress:
+    """A snapshot for display; each stage begins with one of done = 0.
+
+    stage: "scan" (hashing image files) or "encode". seconds: per stage of the pipeline, so far.
+    preflight: with the first one of "encode".
+    backed_off: (images that did not fit into the encoder's memory, images that then did), or None.
+    """
+
+    stage: str
+    done: int
+    total: int
+    failed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    preflight: Preflight | None = None
+    backed_off: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ class ExtractResult:
     ok: bool
 
 
-OnProgress = Callable[[ExtractProgress | Preflight], None]
+OnProgress = Callable[[ExtractProgress], None]
 
 
 def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -> ExtractResult:
@@ -218,24 +220,21 @@ def _update(
     if new > (0 if options.dry_run else PROBED_BATCHES * batch_size):
         speed = probe_speed(encoder, _some_files(sources, pending), batch_size, options.workers)
     preflight = Preflight(new, nbytes, free_bytes, speed)
-    on_progress(preflight)
 
     if options.dry_run:
         missing = merge(plans).missing
         failures = Counter(missing[key].reason for key in keys if key in missing)
     else:
         prepare_store(out, info, codec, plans, plan)
-        on_progress(ExtractProgress("encode", 0, new))
+        on_progress(ExtractProgress("encode", 0, new, preflight=preflight))
         if pending:
             if codec.scaled:
                 _calibrate(out, info, encoder, codec, plans, sources, options.workers)
             spec = shard_spec(out, info)
             with ShardEncoder(out, encoder, spec, sources, options.workers) as work:
                 for done, failed in work.run(pending):
-                    seconds, backed_off = work.seconds, encoder.backed_off
-                    on_progress(
-                        ExtractProgress("encode", done, new, failed, seconds, backed_off)
-                    )
+                    seconds, backed_off = work.seconds, backed_off = encoder.backed_off
+                    on_progress(ExtractProgress("encode", done, new, failed, seconds, backed_off))
         if plan or pending or not _index_is_current(out, info, journal):
             compile_index(out, info, Journal.load(out))
         remove_old(out, info)

@@ -31,7 +31,7 @@ from featcache.layout import CHUNK_ALIGNMENT_BYTES, Placement, Status
 
 OPEN_FILES_PER_THREAD = 128
 MAX_IOVECS = 512  # half of Linux's IOV_MAX; each image may need a second one for the padding
-CHECKS = ("once", "always", "off")
+CHECKS = ("once", "always", "never")
 """When a row's checksum is compared: the first time a reader reads it, every time, or never."""
 
 
@@ -200,7 +200,7 @@ class FeatureReader:
         self._gather(files, self._codes, rows, places, codes)
         if self._scales is not None and scales is not None:
             self._gather(files, self._scales, rows, places, scales)
-        if self._check == "off":
+        if self._check == "never":
             return
         for row, place in zip(rows.tolist(), places.tolist(), strict=True):
             if self._checked[row] and self._check == "once":

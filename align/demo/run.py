@@ -27,7 +27,7 @@ from align.report import require_packages, write_report
 from align.run import load_run
 from align.tracking import Event
 from align.trainer import train
-from featcache.extract import ExtractOptions, ExtractProgress, Preflight, extract
+from featcache.extract import ExtractOptions, ExtractProgress, extract
 from featcache.files import publish_json, read_json
 
 BAR = {"attributes": 0.90, "exact_match": 0.50}
@@ -94,7 +94,7 @@ class Watch:
     """What a demo tells while it runs. evaluated: samples done, samples in all."""
 
     stage: Callable[[str], None] = _ignore
-    extracted: Callable[[ExtractProgress | Preflight], None] = _ignore
+    extracted: Callable[[ExtractProgress], None] = _ignore
     trained: Callable[[Event], None] = _ignore
     evaluated: Callable[[int, int], None] = _ignore
     seconds: dict[str, float] = field(default_factory=dict)

@@ -311,7 +311,7 @@ def damage(store: Store, key: str, value: bytes = b"\x00\x7e") -> Path:
 
 def without_checksums(make_config: MakeConfig, *overrides: str) -> RunConfig:
     """A config under which damaged features are read as they are."""
-    return make_config(*overrides, "train.verify_features=off")
+    return make_config(*overrides, "train.verify_features=never")
 
 
 @pytest.mark.parametrize("steps", ["train.log_every=1", "train.log_every=50"])
@@ -351,7 +351,7 @@ def test_damaged_features_are_not_trained_on(
     damaged = shutil.copytree(store.path, tmp_path / "damaged.zarr")
     file = damage(featcache.open(damaged), "007.png", b"\x00\x3c")
     with pytest.raises(CorruptStoreError, match=r"the features of row \d+ are not the bytes"):
-        train(make_config("data.eval_ratio=0", "train.epochs=1"), [damaged], tmp_path / "run")
+        train(make_config("data.eval_ratio=0", "train.steps=10"), [damaged], tmp_path / "run")
     assert file.exists()
 
 

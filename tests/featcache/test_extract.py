@@ -54,10 +54,9 @@ def features_of(store: Path, keys: list[str]) -> torch.Tensor:
 
 
 def test_what_an_extraction_reports(options: ExtractOptions) -> None:
-    seen: list[ExtractProgress | Preflight] = []
+    seen: list[ExtractProgress] = []
     result = extract(options, seen.append)
-    preflight = next(p for p in seen if isinstance(p, Preflight))
-    seen.remove(preflight)
+    (preflight,) = [p.preflight for p in seen if p.preflight is not None]
     assert replace(preflight, free_bytes=0) == Preflight(
         images=10,
         nbytes=10 * 4096 + 3 * (68 + 4 * 24 * 2) + 10 * BOOKKEEPING_BYTES_PER_ROW,
