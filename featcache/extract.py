@@ -233,8 +233,8 @@ def _update(
             spec = shard_spec(out, info)
             with ShardEncoder(out, encoder, spec, sources, options.workers) as work:
                 for done, failed in work.run(pending):
-                    seconds, backed_off = work.seconds, backed_off = encoder.backed_off
-                    on_progress(ExtractProgress("encode", done, new, failed, seconds, backed_off))
+                    now = ExtractProgress("encode", done, new, failed, work.seconds)
+                    on_progress(replace(now, backed_off=encoder.backed_off))
         if plan or pending or not _index_is_current(out, info, journal):
             compile_index(out, info, Journal.load(out))
         remove_old(out, info)
