@@ -126,7 +126,7 @@ def run_demo(
     data, store, run_dir = out / "data", out / "store.zarr", out / "run"
 
     with watch.timed("data"):
-        files = _write_data(data, settings)
+        files = write_data(data, settings)
     with watch.timed("extract"):
         options = ExtractOptions(model="tiny", data=files, image_root=data, out=store)
         extract(options, watch.extracted)
@@ -176,7 +176,7 @@ def _prepare(out: Path, settings: DemoSettings, fresh: bool) -> None:
     publish_json(stamp, wanted)
 
 
-def _write_data(folder: Path, settings: DemoSettings) -> tuple[Path, Path]:
+def write_data(folder: Path, settings: DemoSettings) -> tuple[Path, Path]:
     """train.jsonl and val.jsonl; written anew unless an earlier call came to its end."""
     complete = folder / "complete.json"
     if not complete.is_file():
