@@ -37,10 +37,10 @@ def write_captions(file: Path, names: list[str]) -> Path:
 
 
 def feature_files(store: Path) -> dict[str, bytes]:
-    """The bytes of every shard and every pooled chunk of a store, by path."""
+    """The bytes of a store's features, scales, channel values and pooled outputs, by path."""
     return {
         str(path.relative_to(store)): path.read_bytes()
-        for pattern in ("features/*/c/*/0/0", "pooled/c/*/0")
+        for pattern in ("features/*/c/*/0/0", "scales/*/c/*/0", "channels/*/c/0/0", "pooled/c/*/0")
         for path in sorted(store.glob(pattern))
     }
 

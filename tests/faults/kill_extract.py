@@ -24,21 +24,25 @@ from tests.support import feature_files, write_images
 PROGRAM = "from cli.featcache import main; main()"
 
 
-def command(images: Path, out: Path, model: str) -> list[str]:
+def command(images: Path, out: Path, model: str, codec: str) -> list[str]:
     return [
         sys.executable, "-c", PROGRAM, "extract", "--model", model, "--random-weights",
         "--data", str(images), "--out", str(out), "--shard-images", "8", "--batch-size", "4",
+        "--codec", codec,
     ]  # fmt: skip
 
 
-def run(kills: int, images: int, seed: int, model: str, folder: Path) -> dict[str, int]:
+def run(
+    kills: int, images: int, seed: int, model: str, folder: Path, codec: str = "fp16"
+) -> dict[str, int]:
     """Returns counts: kills that hit a running extraction, shards found committed after a kill,
     partial files found, files compared. Raises AssertionError where a byte differs."""
     chance = random.Random(seed)
     write_images(folder / "images", images)
     start = time.monotonic()
     reference = subprocess.Popen(
-        command(folder / "images", folder / "reference.zarr", model), stderr=subprocess.DEVNULL
+        command(folder / "images", folder / "reference.zarr", model, codec),
+        stderr=subprocess.DEVNULL,
     )
     while reference.poll() is None and not list((folder / "reference.zarr").glob("journal/lock")):
         time.sleep(0.02)
@@ -51,7 +55,7 @@ def run(kills: int, images: int, seed: int, model: str, folder: Path) -> dict[st
     while counts["killed"] < kills:
         delay = chance.uniform(0.9 * first_write, end)
         process = subprocess.Popen(
-            command(folder / "images", out, model), stderr=subprocess.DEVNULL
+            command(folder / "images", out, model, codec), stderr=subprocess.DEVNULL
         )
         try:
             process.wait(delay)
@@ -66,7 +70,10 @@ def run(kills: int, images: int, seed: int, model: str, folder: Path) -> dict[st
             counts["partial_files"] += len(list(out.rglob(".partial-*")))
             counts["committed"] += len(list(out.glob("journal/commit-*.json")))
     last = subprocess.run(
-        command(folder / "images", out, model), stderr=subprocess.PIPE, text=True, check=False
+        command(folder / "images", out, model, codec),
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     assert last.returncode == 0, last.stderr
     expected, found = feature_files(folder / "reference.zarr"), feature_files(out)
@@ -83,10 +90,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="tiny", help="encoder name or folder")
+    parser.add_argument("--codec", default="fp16")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = run(
-            arguments.kills, arguments.images, arguments.seed, arguments.model, Path(folder)
+            arguments.kills,
+            arguments.images,
+            arguments.seed,
+            arguments.model,
+            Path(folder),
+            arguments.codec,
         )
     print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
     print("every byte equals the undisturbed run's")

@@ -17,14 +17,15 @@ from featcache.extract import ExtractOptions, extract
 from tests.support import Killed, Publications, feature_files, write_images
 
 
+@pytest.mark.parametrize("codec", ["fp16", "int8"])
 @pytest.mark.parametrize("append", [False, True])
 def test_a_stop_at_any_publication_loses_nothing(
-    encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, append: bool
+    encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, append: bool, codec: str
 ) -> None:
     write_images(tmp_path / "images", 5)
     options = ExtractOptions(
         model=str(encoder_dir), data=(tmp_path / "images",), out=tmp_path / "reference.zarr",
-        shard_images=4, batch_size=2, limit=3 if append else None,
+        shard_images=4, batch_size=2, limit=3 if append else None, codec=codec,
     )  # fmt: skip
     if append:
         extract(options)
