@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from align.demo.run import QUICK
+from benchmarks import bench_codec_loss, bench_codecs, bench_write
 from benchmarks.bench_store import measure
 from benchmarks.synthetic import write_store
+from featcache.codecs import CODECS
 
 
 def test_bench_store(tmp_path: Path) -> None:
@@ -19,3 +24,27 @@ def test_bench_store(tmp_path: Path) -> None:
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
         assert row["ceiling"] == rows[0]["p50"]
         assert row["n"] == 2
+
+
+def test_bench_write(tmp_path: Path) -> None:
+    rows = bench_write.measure(tmp_path, images=16, rounds=1, num_patches=4, width=32)
+    assert [(row["provider"], row["metric"]) for row in rows] == [
+        (codec, stage) for codec in CODECS for stage in ("encode", "place", "write")
+    ]
+    assert all(row["p50"] > 0 for row in rows)
+
+
+def test_bench_codecs() -> None:
+    data = {"small": (bench_codecs.synthetic(2, 0, 5, 96), bench_codecs.synthetic(2, 1, 5, 96))}
+    found = {row["provider"] for row in bench_codecs.quality(data)}
+    assert found == set(CODECS)
+
+
+@pytest.mark.slow
+def test_bench_codec_loss(tmp_path: Path) -> None:
+    """A few steps: every codec is trained on, and the baseline's weights meet every store."""
+    rows = bench_codec_loss.measure(tmp_path, QUICK, ["fp16", "int4"], [0])
+    swapped = "loss, given fp16's weights"
+    by_name = {(row["provider"], row["metric"]): row["p50"] for row in rows}
+    assert by_name["fp16", "loss"] == by_name["fp16", swapped] != by_name["int4", swapped]
+    assert "| loss | int4 |" in bench_codec_loss.table(rows)
