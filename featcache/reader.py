@@ -202,9 +202,10 @@ class FeatureReader:
             self._gather(files, self._scales, rows, places, scales)
         if self._check == "never":
             return
+        if self._check == "once":
+            new = ~self._checked[rows]
+            rows, places = rows[new], places[new]
         for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            if self._checked[row] and self._check == "once":
-                continue
             checksum = xxhash.xxh3_64(codes[place].data)
             if scales is not None:
                 checksum.update(scales[place].data)
@@ -214,7 +215,7 @@ class FeatureReader:
                     f"{path}: the features of row {row} are not the bytes that were written; "
                     "`featcache verify STORE --repair` writes them again"
                 )
-            self._checked[row] = True
+        self._checked[rows] = True
 
     def _gather(
         self,
