@@ -83,6 +83,12 @@ class Index:
         rows[has] = np.where(self.status[rows[has]] == Status.OK, rows[has], -1)
         return rows
 
+    def unreferenced(self) -> np.ndarray[Any, Any]:
+        """bool[R]: rows with features that no key means, which `featcache gc` would free."""
+        found = self.status == Status.OK
+        found[self.key_rows[self.key_rows >= 0]] = False
+        return np.asarray(found)
+
     def keys(self) -> list[str]:
         """Every key, in hash order."""
         return [self._key(i).decode() for i in range(len(self.key_hash))]
@@ -140,6 +146,17 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
     remove_old(root, info)
 
 
+def is_current(root: Path, info: StoreInfo, journal: Journal) -> bool:
+    """Whether the index says what the journal says: a run may have been stopped between its last
+    commit record and the index, or the index may be damaged."""
+    if info.index is None or info.generation != max(plan.generation for plan in journal.plans):
+        return False
+    try:
+        return np.array_equal(Index.load(root, info).status, journal.status)
+    except CorruptStoreError:
+        return False
+
+
 def remove_old(root: Path, info: StoreInfo) -> None:
     """Remove what is below `index` but the valid one: a run may have been stopped before it did."""
     assert info.index is not None
@@ -168,6 +185,7 @@ def build_arrays(root: Path, info: StoreInfo, journal: Journal) -> dict[str, np.
                 sizes[row] = record.size
                 if record.status != Status.OK:
                     details[row] = record.detail
+                    continue  # a dropped row's record may still have checksums
                 for name, checksum in record.checksums.items():
                     checksums[name][row] = checksum
 
