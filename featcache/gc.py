@@ -61,7 +61,7 @@ def collect(
     StoreInfo.load(root)  # before the lock, which would make a folder
     if dry_run:
         info, journal = _finished(root)
-        dead = _unfreed(root, journal) | _dead(journal)
+        dead = _unfreed(root, journal) | unreferenced(journal)
         rows = int(dead.sum())
         shards = len(_by_shard(dead, info.shard_images))
         return GcResult(rows, shards, rows * feature_bytes(shard_spec(root, info)))
@@ -81,7 +81,7 @@ def _collect(root: Path, on_progress: Callable[[int, int], None]) -> GcResult:
     info, journal = _finished(root)
     if not is_current(root, info, journal):
         compile_index(root, info, journal)
-    dead = _dead(journal)
+    dead = unreferenced(journal)
     for shard, slots in _by_shard(dead, info.shard_images).items():
         commit = _record(root, shard)
         replace(commit, rows=_drop(commit.rows, slots)).save(root)
@@ -129,7 +129,7 @@ def _finished(root: Path) -> tuple[StoreInfo, Journal]:
     return info, journal
 
 
-def _dead(journal: Journal) -> np.ndarray[Any, Any]:
+def unreferenced(journal: Journal) -> np.ndarray[Any, Any]:
     """bool[R]: rows with features that no key means after all plans."""
     dead = journal.status == Status.OK
     meant = np.fromiter(merge(journal.plans).rows.values(), np.int64)
