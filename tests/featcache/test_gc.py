@@ -14,7 +14,7 @@ import torch
 import featcache
 from cli import console
 from cli.featcache import group
-from featcache.errors import IncompleteStoreError, StoreError
+from featcache.errors import CorruptStoreError, IncompleteStoreError, StoreError
 from featcache.extract import ExtractOptions, extract
 from featcache.files import seal_of
 from featcache.gc import GcResult, collect
@@ -123,6 +123,19 @@ def test_a_reader_open_meanwhile(options: ExtractOptions) -> None:
     for reader in readers:
         with reader:
             assert torch.equal(reader.read(rows), before)
+
+
+def test_a_dropped_row_is_never_read_as_something_else(
+    options: ExtractOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that opened the store before the image changed, and has checked the row already."""
+    monkeypatch.setattr("featcache.reader.OPEN_FILES_PER_THREAD", 1)
+    store = featcache.open(options.out)
+    with store.reader(threads=1) as reader:
+        reader.read(np.arange(10))
+        collect(options.out)
+        with pytest.raises(CorruptStoreError, match="row 1 are not the bytes that were written"):
+            reader.read(np.array([0, 1]))
 
 
 def test_bytes_that_come_back_get_a_new_row(options: ExtractOptions, tmp_path: Path) -> None:
