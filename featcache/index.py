@@ -220,14 +220,21 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
 
 
 def is_current(root: Path, info: StoreInfo, journal: Journal) -> bool:
-    """Whether the index says what the journal says: a run may have been stopped between its last
-    commit record and the index, or the index may be damaged."""
+    """Whether the index says what a journal without pending shards says: a run may have been
+    stopped between its last commit record and the index, or the index may be damaged."""
     if info.index is None or info.generation != max(plan.generation for plan in journal.plans):
         return False
+    should = {
+        f"{info.index}/{path}": array_checksum(values)
+        for path, values in build_arrays(root, info, journal).items()
+    }
+    if any(info.checksums.get(path) != checksum for path, checksum in should.items()):
+        return False
     try:
-        return np.array_equal(Index.load(root, info).status, journal.status)
+        Index.load(root, info)
     except CorruptStoreError:
         return False
+    return True
 
 
 def remove_old(root: Path, info: StoreInfo) -> None:
