@@ -10,6 +10,8 @@ group = LazyGroup(
         "extract": ("cli.extract:extract", "Encode images once into a feature store."),
         "info": ("cli.info:info", "Shape, codec, encoder, rows, failures and bytes of a store."),
         "failures": ("cli.failures:failures", "The images without features, and why."),
+        "diff": ("cli.diff:diff", "What two stores have in common, and what not."),
+        "gc": ("cli.gc:gc", "Free the features that no image means any more."),
         "models": ("cli.models:models", "The encoders known by name."),
     },
     help="A cache of frozen vision-encoder features: encode once, read back at memory speed.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import click
@@ -13,42 +12,72 @@ from cli import console
 @console.command("info")
 @click.argument("store", type=Path)
 def info(store: Path) -> console.Document:
-    """Shape, codec, encoder, rows, failures and bytes of STORE."""
-    import featcache
+    """Shape, codec, encoder, rows, failures and bytes of STORE, also of an unfinished one."""
     from featcache.fingerprint import flatten
-    from featcache.journal import Journal
+    from featcache.summary import summarize
 
-    opened = featcache.open(store)
-    journal = Journal.load(store)
-    planned = journal.num_shards
-    done = planned - len(journal.pending)
-    failures = Counter(failure.reason for failure in opened.failures())
-    nbytes = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-    shape = [opened.num_rows, opened.num_patches, opened.width]
+    found = summarize(store)
+    described = found.info
+    shape = [found.rows, described.num_patches, described.width]
+    lineage = described.source.get("converted_from")
     document = {
         "path": str(store),
-        "layers": list(opened.layers),
+        "finished": found.finished,
+        "layers": list(described.layers),
         "shape": shape,
-        "codec": opened.info.codec,
-        "images": opened.num_images,
-        "failures": dict(failures),
-        "shards": {"committed": done, "planned": planned},
-        "bytes": nbytes,
-        "fingerprint": opened.fingerprint,
-        "source": opened.source,
+        "codec": described.codec,
+        "bits": found.bits,
+        "bytes_per_image": found.image_bytes,
+        "images": found.images,
+        "pending": found.pending,
+        "failures": found.failures,
+        "dropped_rows": found.dropped,
+        "unreferenced": {"rows": found.unreferenced, "bytes": found.unreferenced_bytes},
+        "generations": found.generations,
+        "shards": {"committed": found.committed, "planned": found.planned},
+        "bytes": found.nbytes,
+        "bytes_by_part": found.parts,
+        "fingerprint": found.fingerprint,
+        "source": described.source,
+        "converted_from": lineage,
     }
-    console.fields(
-        {
-            "store": store,
-            "features": f"{' x '.join(map(str, shape))} {opened.info.codec}, layer "
-            + ", ".join(opened.layers),
-            "images": f"{opened.num_images:,} with features",
-            "failures": ", ".join(f"{n:,} {reason}" for reason, n in failures.items()) or "none",
-            "shards": f"{done:,} of {planned:,} committed",
-            "bytes": console.size(nbytes),
-            **{name: value for name, value in flatten(opened.fingerprint) if name != "codec"},
-            "data": ", ".join(opened.source["data"]),
-            "image root": opened.source["images"],
-        }
-    )
+    encoder = described.fingerprint.get("encoder", {})
+    known = (encoder.get("name"), encoder.get("architecture"), encoder.get("revision"))
+    lines: dict[str, object] = {
+        "store": store,
+        "features": f"{' x '.join(map(str, shape))} {described.codec}, layer "
+        + ", ".join(described.layers),
+        "codec": f"{described.codec}, {found.bits:.4g} bits a value, "
+        f"{console.size(found.image_bytes)} an image",
+        "encoder": ", ".join(str(each) for each in known if each),
+        "images": f"{found.images:,} with features",
+        "failures": ", ".join(f"{n:,} {reason}" for reason, n in found.failures.items()) or "none",
+    }
+    if not found.finished or found.pending:
+        lines["unfinished"] = (
+            f"{found.pending:,} images to be encoded; run the same `featcache extract` command "
+            "again"
+        )
+    if found.dropped:
+        lines["dropped"] = f"{found.dropped:,} rows"
+    if found.unreferenced:
+        lines["to be freed"] = (
+            f"{found.unreferenced:,} rows without an image key, "
+            f"{console.size(found.unreferenced_bytes)}; `featcache gc {store}` frees them"
+        )
+    if found.planned is not None:
+        lines["shards"] = (
+            f"{found.committed:,} of {found.planned:,} committed, "
+            f"{found.generations:,} generation{'s' * (found.generations != 1)}"
+        )
+    parts = ", ".join(f"{part} {console.size(n)}" for part, n in found.parts.items())
+    lines["bytes"] = f"{console.size(found.nbytes)}: {parts}"
+    lines |= {name: value for name, value in flatten(found.fingerprint) if name != "codec"}
+    if "data" in described.source:
+        lines["data"] = ", ".join(described.source["data"])
+    if "images" in described.source:
+        lines["image root"] = described.source["images"]
+    if lineage:
+        lines["converted from"] = lineage
+    console.fields(lines)
     return document

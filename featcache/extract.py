@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +27,10 @@ from featcache import layout
 from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.encode import ShardEncoder, Sources, calibrate
 from featcache.encoders import Encoder, load_encoder
-from featcache.errors import ConfigError, CorruptStoreError, ManifestError, StoreError
+from featcache.errors import ConfigError, ManifestError, StoreError
 from featcache.files import publish, publish_json
 from featcache.fingerprint import fingerprint, require_same
-from featcache.index import Index, compile_index, remove_old
+from featcache.index import Index, compile_index, is_current, remove_old
 from featcache.journal import Journal, Plan, locked, merge, num_rows
 from featcache.layout import (
     Status,
@@ -235,7 +234,7 @@ def _update(
                 for done, failed in work.run(pending):
                     now = ExtractProgress("encode", done, new, failed, work.seconds)
                     on_progress(replace(now, backed_off=encoder.backed_off))
-        if plan or pending or not _index_is_current(out, info, journal):
+        if plan or pending or not is_current(out, info, journal):
             compile_index(out, info, Journal.load(out))
         remove_old(out, info)
         index = Index.load(out, info)
@@ -306,17 +305,6 @@ def _describe(
         "images": str(manifest.image_root.absolute()),
     }
     return info
-
-
-def _index_is_current(root: Path, info: StoreInfo, journal: Journal) -> bool:
-    """Whether the index says what the journal says: a run may have been stopped between its last
-    commit record and the index, or the index may be damaged."""
-    if info.index is None or info.generation != max(plan.generation for plan in journal.plans):
-        return False
-    try:
-        return np.array_equal(Index.load(root, info).status, journal.status)
-    except CorruptStoreError:
-        return False
 
 
 def prepare_store(

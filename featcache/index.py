@@ -31,6 +31,9 @@ from featcache.journal import (
 )
 from featcache.layout import Status, StoreInfo, array_checksum, read_array, write_array
 
+COMPARED_KEYS = 4096
+"""Keys whose texts are compared at once."""
+
 
 @dataclass(slots=True)
 class Index:
@@ -69,27 +72,51 @@ class Index:
     def find(self, keys: Sequence[str]) -> np.ndarray[Any, Any]:
         """int64[len(keys)]: each key's row if it has features, else -1."""
         encoded = [key.encode() for key in keys]
-        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, encoded), np.uint64, len(encoded))
-        at = np.searchsorted(self.key_hash, hashes)
+        places = self.places(*pack_keys(encoded))
         rows = np.full(len(encoded), -1, np.int64)
-        for i, (key, place) in enumerate(zip(encoded, at.tolist(), strict=True)):
-            # Equal hashes lie side by side; the text decides.
-            while place < len(self.key_hash) and self.key_hash[place] == hashes[i]:
-                if self._key(place) == key:
-                    rows[i] = self.key_rows[place]
-                    break
-                place += 1
+        rows[places >= 0] = self.key_rows[places[places >= 0]]
         has = rows >= 0
         rows[has] = np.where(self.status[rows[has]] == Status.OK, rows[has], -1)
         return rows
 
+    def places(
+        self,
+        hashes: np.ndarray[Any, Any],
+        text: np.ndarray[Any, Any],
+        ends: np.ndarray[Any, Any],
+    ) -> np.ndarray[Any, Any]:
+        """Where other keys stand in this index's arrays of keys: int64[len(hashes)], -1 where not.
+
+        hashes, text, ends: of those keys as in `key_hash`, `key_bytes`, `key_ends`, in any order.
+        """
+        found = np.full(len(hashes), -1, np.int64)
+        asked = np.argsort(hashes)  # so that memory is met in order
+        place = np.searchsorted(self.key_hash, hashes[asked])
+        while True:
+            # Equal hashes lie side by side; the text decides.
+            same = place < len(self.key_hash)
+            same[same] = self.key_hash[place[same]] == hashes[asked[same]]
+            asked, place = asked[same], place[same]
+            if not len(asked):
+                return found
+            equal = _equal_texts(self.key_bytes, self.key_ends, place, text, ends, asked)
+            found[asked[equal]] = place[equal]
+            asked, place = asked[~equal], place[~equal] + 1
+
+    def unreferenced(self) -> np.ndarray[Any, Any]:
+        """bool[R]: rows with features that no key means, which `featcache gc` would free."""
+        found = self.status == Status.OK
+        found[self.key_rows[self.key_rows >= 0]] = False
+        return np.asarray(found)
+
     def keys(self) -> list[str]:
         """Every key, in hash order."""
-        return [self._key(i).decode() for i in range(len(self.key_hash))]
+        return [self.key(i) for i in range(len(self.key_hash))]
 
-    def _key(self, i: int) -> bytes:
+    def key(self, i: int) -> str:
+        """The key at place i of the arrays of keys."""
         start = int(self.key_ends[i - 1]) if i else 0
-        return self.key_bytes[start : int(self.key_ends[i])].tobytes()
+        return self.key_bytes[start : int(self.key_ends[i])].tobytes().decode()
 
     @classmethod
     def load(cls, root: Path, info: StoreInfo) -> Index:
@@ -108,6 +135,58 @@ class Index:
 
 
 _PLAIN = ("key_hash", "key_bytes", "key_ends", "key_rows", "digests", "status", "sizes")
+
+
+def pack_keys(
+    encoded: Sequence[bytes],
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Keys in UTF-8 as (hashes, text, ends), in their order: see `Index`."""
+    lengths = np.fromiter(map(len, encoded), np.uint64, len(encoded))
+    text = np.frombuffer(b"".join(encoded), np.uint8)
+    return hash_keys(encoded), text, np.cumsum(lengths, dtype=np.uint64)
+
+
+def hash_keys(encoded: Sequence[bytes]) -> np.ndarray[Any, Any]:
+    """uint64[K]: xxh3_64 of each key."""
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, encoded), np.uint64, len(encoded))
+
+
+def _equal_texts(
+    left: np.ndarray[Any, Any],
+    left_ends: np.ndarray[Any, Any],
+    left_at: np.ndarray[Any, Any],
+    right: np.ndarray[Any, Any],
+    right_ends: np.ndarray[Any, Any],
+    right_at: np.ndarray[Any, Any],
+) -> np.ndarray[Any, Any]:
+    """bool[n]: whether key left_at[i] of one packed text is key right_at[i] of another.
+
+    RAM: `COMPARED_KEYS` keys, 40 bytes a letter.
+    """
+    equal = np.zeros(len(left_at), np.bool_)
+    for first in range(0, len(left_at), COMPARED_KEYS):
+        block = slice(first, first + COMPARED_KEYS)
+        left_start, lengths = _extents(left_ends, left_at[block])
+        right_start, right_lengths = _extents(right_ends, right_at[block])
+        same = lengths == right_lengths
+        filled = np.flatnonzero(same & (lengths > 0))  # two empty keys are equal
+        counts = lengths[filled]
+        if len(filled):
+            offsets = np.cumsum(counts) - counts
+            letters = np.arange(counts.sum())
+            of_left = left[np.repeat(left_start[filled] - offsets, counts) + letters]
+            of_right = right[np.repeat(right_start[filled] - offsets, counts) + letters]
+            same[filled] = np.logical_and.reduceat(of_left == of_right, offsets)
+        equal[block] = same
+    return equal
+
+
+def _extents(
+    ends: np.ndarray[Any, Any], at: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Where keys begin in their text, and their lengths: both int64."""
+    starts = np.where(at > 0, ends[at - 1], 0).astype(np.int64)
+    return starts, ends[at].astype(np.int64) - starts
 
 
 def checksummed(info: StoreInfo) -> list[str]:
@@ -140,6 +219,24 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
     remove_old(root, info)
 
 
+def is_current(root: Path, info: StoreInfo, journal: Journal) -> bool:
+    """Whether the index says what a journal without pending shards says: a run may have been
+    stopped between its last commit record and the index, or the index may be damaged."""
+    if info.index is None or info.generation != max(plan.generation for plan in journal.plans):
+        return False
+    should = {
+        f"{info.index}/{path}": array_checksum(values)
+        for path, values in build_arrays(root, info, journal).items()
+    }
+    if any(info.checksums.get(path) != checksum for path, checksum in should.items()):
+        return False
+    try:
+        Index.load(root, info)
+    except CorruptStoreError:
+        return False
+    return True
+
+
 def remove_old(root: Path, info: StoreInfo) -> None:
     """Remove what is below `index` but the valid one: a run may have been stopped before it did."""
     assert info.index is not None
@@ -168,6 +265,7 @@ def build_arrays(root: Path, info: StoreInfo, journal: Journal) -> dict[str, np.
                 sizes[row] = record.size
                 if record.status != Status.OK:
                     details[row] = record.detail
+                    continue  # a dropped row's record may still have checksums
                 for name, checksum in record.checksums.items():
                     checksums[name][row] = checksum
 
@@ -179,7 +277,7 @@ def build_arrays(root: Path, info: StoreInfo, journal: Journal) -> dict[str, np.
         if row < 0 or journal.status[row] != Status.OK
     ]
     encoded = [key.encode() for key in row_of_key]
-    hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, encoded), np.uint64, len(encoded))
+    hashes = hash_keys(encoded)
     order = np.argsort(hashes, kind="stable")
     ordered = [encoded[i] for i in order.tolist()]
     return {

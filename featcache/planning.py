@@ -17,6 +17,8 @@ SCAN_BLOCK = 1024
 """Files that are queued for hashing at once."""
 RETRIED = (Status.CHANGED, Status.MISSING, Status.UNREADABLE)
 """Failures of the file rather than of the image: the next extraction tries these again."""
+WITHOUT_ANSWER = (*RETRIED, Status.DROPPED)
+"""Rows that an image cannot be given again: neither features nor a lasting reason."""
 
 
 def plan_extraction(
@@ -31,7 +33,8 @@ def plan_extraction(
     """The next generation of work, or None where the earlier plans already cover the data.
 
     Every image file is read and hashed: its digest is its identity, so an image that is already
-    planned under any key is not planned again, and one whose bytes changed gets a new row.
+    planned under any key is not planned again, and one whose bytes changed gets a new row; so does
+    one whose row was dropped.
     New rows start at a new shard, in the order of `keys`.
     Raises StoreError where known keys mean other images because the image root is another folder,
     rather than the same one moved: there, most known keys still mean the same images.
@@ -40,7 +43,7 @@ def plan_extraction(
     row_of_digest: dict[bytes, int] = {}
     for plan in plans:
         for row, image in enumerate(plan.new_digests, plan.first_row):
-            if journal.status[row] not in RETRIED:
+            if journal.status[row] not in WITHOUT_ANSWER:
                 row_of_digest[image] = row
     known = merge(plans)
     first_shard = max((plan.first_shard + plan.num_shards for plan in plans), default=0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -195,7 +195,7 @@ class FeatureReader:
         """Read and check `rows` (ascending) into codes[places] and scales[places]."""
         files: _OpenFiles | None = getattr(self._local, "files", None)
         if files is None:
-            files = self._local.files = _OpenFiles()
+            files = self._local.files = _OpenFiles(self._forget)
             self._caches.append(files)
         self._gather(files, self._codes, rows, places, codes)
         if self._scales is not None and scales is not None:
@@ -216,6 +216,12 @@ class FeatureReader:
                     "`featcache verify STORE --repair` writes them again"
                 )
         self._checked[rows] = True
+
+    def _forget(self) -> None:
+        """A file was replaced since it was last open: `featcache gc` may have dropped a row that a
+        run wants which opened the store before its image changed. What was checked was the old one.
+        """
+        self._checked[:] = False
 
     def _gather(
         self,
@@ -276,10 +282,15 @@ def _read_rest(descriptor: int, views: list[memoryview], at: int, path: Path) ->
 
 
 class _OpenFiles:
-    """The descriptors of one thread's most recently used shard files."""
+    """The descriptors of one thread's most recently used shard files.
 
-    def __init__(self) -> None:
+    on_replaced: called where a file that was open before is another one now.
+    """
+
+    def __init__(self, on_replaced: Callable[[], None]) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
+        self._seen: dict[Path, tuple[int, int]] = {}
+        self._on_replaced = on_replaced
 
     def descriptor(self, path: Path) -> int:
         """Raises CorruptStoreError where the file cannot be opened."""
@@ -293,6 +304,11 @@ class _OpenFiles:
                 f"{path}: {error.strerror}; if it is gone, `featcache verify STORE --repair` "
                 "writes it again"
             ) from None
+        status = os.fstat(descriptor)
+        identity = (status.st_ino, status.st_mtime_ns)
+        if self._seen.setdefault(path, identity) != identity:
+            self._seen[path] = identity
+            self._on_replaced()
         self._open[path] = descriptor
         if len(self._open) > OPEN_FILES_PER_THREAD:
             os.close(self._open.popitem(last=False)[1])

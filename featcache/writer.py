@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,25 +175,13 @@ class ShardBuffer:
         committed before stays valid.
         """
         start = time.perf_counter()
-        present = np.array([row.status == Status.OK for row in self.rows])
-        files: dict[str, Seal] = {}
         try:
             # A record left from before, whose files were damaged, must not vouch for the new ones.
             record = root / layout.commit_path(self.shard)
             if record.exists():
                 record.unlink()
                 sync(record.parent)
-            for name in self.spec.layers:
-                path = layout.shard_path(name, self.shard)
-                files[path] = publish(root / path, self._shard_parts(name, present))
-            for name, scales in self._scales.items():
-                scales[~present] = np.nan
-                path = layout.scales_path(name, self.shard)
-                files[path] = publish(root / path, [scales.data])
-            if self._pooled is not None:
-                self._pooled[torch.from_numpy(~present)] = torch.nan
-                path = layout.pooled_path(self.shard)
-                files[path] = publish(root / path, [raw_bytes(self._pooled)])
+            files = self._write(root, {})
             self.seconds["write"] = time.perf_counter() - start
             commit = Commit(self.shard, self.rows, files, self.seconds, versions())
             commit.save(root)
@@ -201,10 +189,46 @@ class ShardBuffer:
             raise write_error(root, error) from error
         return commit
 
+    def rewrite(self, root: Path, commit: Commit) -> Commit:
+        """Write the shard's files again without the rows that are no longer OK, and replace its
+        commit record, which is never absent; `commit` is the one there.
+
+        Every file keeps its length, by which it is known to be there: whichever files were
+        replaced before a kill, the shard stays whole for everyone. Raises StoreError as `publish`.
+        """
+        try:
+            files = self._write(root, commit.files)
+            commit = replace(commit, rows=self.rows, files=files)
+            commit.save(root)
+        except OSError as error:
+            raise write_error(root, error) from error
+        return commit
+
+    def _write(self, root: Path, before: Mapping[str, Seal]) -> dict[str, Seal]:
+        """Publish the data files, none shorter than its seal in `before`. Raises OSError."""
+        present = np.array([row.status == Status.OK for row in self.rows])
+        files: dict[str, Seal] = {}
+        for name in self.spec.layers:
+            path = layout.shard_path(name, self.shard)
+            shortest = before[path].nbytes if path in before else 0
+            files[path] = publish(root / path, self._shard_parts(name, present, shortest))
+        for name, scales in self._scales.items():
+            scales[~present] = np.nan
+            path = layout.scales_path(name, self.shard)
+            files[path] = publish(root / path, [scales.data])
+        if self._pooled is not None:
+            self._pooled[torch.from_numpy(~present)] = torch.nan
+            path = layout.pooled_path(self.shard)
+            files[path] = publish(root / path, [raw_bytes(self._pooled)])
+        return files
+
     def _shard_parts(
-        self, name: str, present: np.ndarray[Any, Any]
+        self, name: str, present: np.ndarray[Any, Any], shortest: int
     ) -> list[bytes | memoryview | int]:
-        """A features file: runs of images at their places, holes for those without, the index."""
+        """A features file: runs of images at their places, holes for those without, the index.
+
+        shortest: its length at the least, in bytes; a hole before the index makes up for it.
+        """
         geometry = self.spec.geometry(name)
         codes = self._codes[name]
         parts: list[bytes | memoryview | int] = []
@@ -217,7 +241,8 @@ class ShardBuffer:
             run = codes[first:last]
             parts.append(run.data if present[first] else run.nbytes)
             first = last
-        return [*parts, geometry.encode_index(present)]
+        hole = shortest - used * geometry.pitch_bytes - geometry.index_bytes
+        return [*parts, max(0, hole), geometry.encode_index(present)]
 
 
 def _fill(path: Path, values: np.ndarray[Any, Any]) -> None:

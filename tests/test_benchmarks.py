@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from align.demo.run import QUICK
-from benchmarks import bench_codec_loss, bench_codecs, bench_write
+from benchmarks import bench_codec_loss, bench_codecs, bench_open, bench_write
+from benchmarks.bench_open import write_index
 from benchmarks.bench_store import measure
 from benchmarks.synthetic import write_store
 from featcache.codecs import CODECS
@@ -48,3 +49,12 @@ def test_bench_codec_loss(tmp_path: Path) -> None:
     by_name = {(row["provider"], row["metric"]): row["p50"] for row in rows}
     assert by_name["fp16", "loss"] == by_name["fp16", swapped] != by_name["int4", swapped]
     assert "| loss | int4 |" in bench_codec_loss.table(rows)
+
+
+def test_bench_open(tmp_path: Path) -> None:
+    root = write_index(tmp_path / "store.zarr", 2000)
+    bench_open.forget(root)
+    found = bench_open.probe(root, 2000, 500)
+    assert found.keys() == {"open", "find", "peak", "own"}
+    assert found["open"] > 0 and found["find"] > 0
+    assert bench_open.one_pass(root) > 0
