@@ -233,9 +233,7 @@ def _update(
             with ShardEncoder(out, encoder, spec, sources, options.workers) as work:
                 for done, failed in work.run(pending):
                     seconds, backed_off = work.seconds, encoder.backed_off
-                    on_progress(
-                        ExtractProgress("encode", done, new, failed, seconds, backed_off)
-                    )
+                    on_progress(ExtractProgress("encode", done, new, failed, seconds, backed_off))
         if plan or pending or not _index_is_current(out, info, journal):
             compile_index(out, info, Journal.load(out))
         remove_old(out, info)

@@ -8,8 +8,9 @@ Letters: K keys, R rows.
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,16 @@ class Index:
     @classmethod
     def load(cls, root: Path, info: StoreInfo) -> Index:
         """Raises CorruptStoreError."""
+        return cls.load_from(functools.partial(read_array, root), info)
+
+    @classmethod
+    def load_from(cls, array: Callable[[str, str], np.ndarray[Any, Any]], info: StoreInfo) -> Index:
+        """array: reads one, by its name and its checksum. Raises what that raises."""
         assert info.index is not None
 
         def read(name: str) -> np.ndarray[Any, Any]:
             path = f"{info.index}/{name}"
-            return read_array(root, path, info.checksums.get(path, ""))
+            return array(path, info.checksums.get(path, ""))
 
         return cls(
             **{name: read(name) for name in _PLAIN},
@@ -150,6 +156,19 @@ def remove_old(root: Path, info: StoreInfo) -> None:
 
 def build_arrays(root: Path, info: StoreInfo, journal: Journal) -> dict[str, np.ndarray[Any, Any]]:
     """The index's arrays by name, worked out from the journal alone."""
+
+    def commit_of(shard: int) -> Commit:
+        commit = Commit.load_record(root, shard)
+        assert commit is not None
+        return commit
+
+    return build_arrays_from(commit_of, info, journal)
+
+
+def build_arrays_from(
+    commit_of: Callable[[int], Commit], info: StoreInfo, journal: Journal
+) -> dict[str, np.ndarray[Any, Any]]:
+    """commit_of: gives a shard's commit record."""
     assert not journal.pending
     rows = len(journal.status)
     sizes = np.zeros((rows, 2), np.int32)
@@ -158,8 +177,7 @@ def build_arrays(root: Path, info: StoreInfo, journal: Journal) -> dict[str, np.
     details: dict[int, str] = {}
     for plan in journal.plans:
         for shard in plan.shards:
-            commit = Commit.load_record(root, shard)
-            assert commit is not None
+            commit = commit_of(shard)
             first = shard * plan.shard_images
             here = slice(first, min(first + plan.shard_images, plan.end_row))
             flat = np.frombuffer(b"".join(plan.digests_of(shard)), np.uint8)
