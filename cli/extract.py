@@ -37,7 +37,12 @@ SHOWN_REASONS = 5
     show_default=True,
     help="As in hidden_states, or 'last' (after the post-layernorm); may be repeated.",
 )
-@click.option("--codec", default="fp16", show_default=True, help="fp16, bf16, int8, fp8, int4: docs/codecs.md.")
+@click.option(
+    "--codec",
+    default="fp16",
+    show_default=True,
+    help="fp16, bf16, int8, fp8, int4: docs/codecs.md.",
+)
 @click.option("--batch-size", default="auto", show_default=True, help="Images per forward.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(

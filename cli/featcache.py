@@ -9,6 +9,7 @@ group = LazyGroup(
     {
         "extract": ("cli.extract:extract", "Encode images once into a feature store."),
         "info": ("cli.info:info", "Shape, codec, encoder, rows, failures and bytes of a store."),
+        "convert": ("cli.convert:convert", "Zarr to HDF5 and back, or another codec."),
         "failures": ("cli.failures:failures", "The images without features, and why."),
         "models": ("cli.models:models", "The encoders known by name."),
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,14 +17,12 @@ def info(store: Path) -> console.Document:
     """Shape, codec, encoder, rows, failures and bytes of STORE."""
     import featcache
     from featcache.fingerprint import flatten
-    from featcache.journal import Journal
 
     opened = featcache.open(store)
-    journal = Journal.load(store)
-    planned = journal.num_shards
-    done = planned - len(journal.pending)
+    done, planned = opened.form.committed_shards()
     failures = Counter(failure.reason for failure in opened.failures())
-    nbytes = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    nbytes = opened.form.nbytes
+    converted_from = codecs_before(opened.source)
     shape = [opened.num_rows, opened.num_patches, opened.width]
     document = {
         "path": str(store),
@@ -49,6 +48,16 @@ def info(store: Path) -> console.Document:
             **{name: value for name, value in flatten(opened.fingerprint) if name != "codec"},
             "data": ", ".join(opened.source["data"]),
             "image root": opened.source["images"],
+            **({"converted from": ", ".join(converted_from)} if converted_from else {}),
         }
     )
     return document
+
+
+def codecs_before(source: dict[str, Any]) -> list[str]:
+    """The codecs whose rounding a converted store's features carry, the latest first."""
+    found = []
+    while made_of := source.get("converted_from"):
+        found.append(made_of["codec"])
+        source = made_of
+    return found

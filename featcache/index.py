@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,21 +129,38 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
     Raises OSError.
     """
     name = _next_name(root)
-    base = root / name
-    arrays = build_arrays(root, info, journal)
+    generation = journal.plans[-1].generation
+    publish_index(root, info, name, generation, build_arrays(root, info, journal))
+    remove_old(root, info)
+
+
+def publish_index(
+    root: Path,
+    info: StoreInfo,
+    name: str,
+    generation: int,
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+) -> None:
+    """Write an index's arrays to `name` and make it the valid one. Raises OSError."""
     for path, values in arrays.items():
-        write_array(base / path, values)
+        write_array(root / name / path, values)
     for group in ("index", name, f"{name}/checksums"):
         write_group(root / group)
+    enter_index(info, name, generation, arrays)
+    info.save(root)
+
+
+def enter_index(
+    info: StoreInfo, name: str, generation: int, arrays: Mapping[str, np.ndarray[Any, Any]]
+) -> None:
+    """Describe the index `name`, of these arrays, as the valid one."""
     others = {
         path: checksum for path, checksum in info.checksums.items() if not path.startswith("index/")
     }
     of_index = {f"{name}/{path}": array_checksum(values) for path, values in arrays.items()}
     info.checksums = {**others, **of_index}
     info.index = name
-    info.generation = journal.plans[-1].generation
-    info.save(root)
-    remove_old(root, info)
+    info.generation = generation
 
 
 def remove_old(root: Path, info: StoreInfo) -> None:
