@@ -132,16 +132,11 @@ class ExtractDisplay:
         self._stage = ""
         self._backed_off: tuple[int, int] | None = None
 
-    def __call__(self, progress: ExtractProgress | Preflight) -> None:
-        from featcache.extract import Preflight
-
-        if isinstance(progress, Preflight):
-            self._close()
-            if progress.images:
-                console.say(_expected(progress))
-            return
+    def __call__(self, progress: ExtractProgress) -> None:
         if progress.stage != self._stage:
             self._close()
+            if progress.preflight is not None and progress.total:
+                console.say(_expected(progress.preflight))
             self._stage = progress.stage
             self._bar = console.Progress(progress.stage, unit="images", total=progress.total)
             self._bar.__enter__()
@@ -196,7 +191,7 @@ def _summary(dry_run: bool, result: ExtractResult) -> None:
         rest = sum(count for _, (count, _) in by_count[SHOWN_REASONS:])
         console.say(f"skipped {rest:,} more, for {len(by_count) - SHOWN_REASONS:,} other reasons")
     if dry_run:
-        console.say(f"{result.images:,} images, {result.new:,} of them to encode")
+        console.say(f"{result.images:,} images; {_expected(result.preflight)}")
         for reason, count in result.failures.items():
             console.say(f"{count:,} cannot be read: {reason}")
         return
