@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import featcache
 from align.config import RunConfig, diff_fields, load_config
 from align.run import RunFolder
 from align.tracking import read_metrics
 from featcache.errors import ConfigError, ImageError, StoreError
 from featcache.files import publish
 from featcache.images import load_image
-from featcache.layout import StoreInfo
 
 SHOWN_CAPTIONS = 12  # of the best, and as many of the worst
 SHOWN_STEPS = 12  # sample captions: at most so many steps, the first and the last among them
@@ -179,7 +179,7 @@ def _image_root(config: RunConfig, info: dict[str, Any]) -> Path:
     if config.data.images is not None:
         return Path(config.data.images)
     try:
-        return Path(StoreInfo.load(Path(info["features"][0])).source["images"])
+        return Path(featcache.open(info["features"][0]).source["images"])
     except StoreError:
         return Path()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +20,7 @@ def info(store: Path) -> console.Document:
     found = summarize(store)
     described = found.info
     shape = [found.rows, described.num_patches, described.width]
-    lineage = described.source.get("converted_from")
+    lineage = codecs_before(described.source)
     document = {
         "path": str(store),
         "finished": found.finished,
@@ -65,11 +66,10 @@ def info(store: Path) -> console.Document:
             f"{found.unreferenced:,} rows without an image key, "
             f"{console.size(found.unreferenced_bytes)}; `featcache gc {store}` frees them"
         )
-    if found.planned is not None:
-        lines["shards"] = (
-            f"{found.committed:,} of {found.planned:,} committed, "
-            f"{found.generations:,} generation{'s' * (found.generations != 1)}"
-        )
+    lines["shards"] = (
+        f"{found.committed:,} of {found.planned:,} committed, "
+        f"{found.generations:,} generation{'s' * (found.generations != 1)}"
+    )
     parts = ", ".join(f"{part} {console.size(n)}" for part, n in found.parts.items())
     lines["bytes"] = f"{console.size(found.nbytes)}: {parts}"
     lines |= {name: value for name, value in flatten(found.fingerprint) if name != "codec"}
@@ -78,6 +78,15 @@ def info(store: Path) -> console.Document:
     if "images" in described.source:
         lines["image root"] = described.source["images"]
     if lineage:
-        lines["converted from"] = lineage
+        lines["converted from"] = ", ".join(lineage)
     console.fields(lines)
     return document
+
+
+def codecs_before(source: dict[str, Any]) -> list[str]:
+    """The codecs whose rounding a converted store's features carry, the latest first."""
+    found = []
+    while made_of := source.get("converted_from"):
+        found.append(made_of["codec"])
+        source = made_of
+    return found

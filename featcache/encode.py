@@ -311,6 +311,13 @@ class _ShardWriter:
             self._free.put(buffer)
 
 
+def calibration_order(count: int) -> list[int]:
+    """All of a plan's `count` images, in the order in which codecs are calibrated on them: first
+    `CALIBRATION_IMAGES` spread evenly, then the others in the place of those without features."""
+    spread = np.linspace(0, count - 1, min(count, CALIBRATION_IMAGES)).round().astype(int).tolist()
+    return [*dict.fromkeys(spread), *sorted({*range(count)} - {*spread})]
+
+
 def calibrate(
     encoder: Encoder, codec: Codec, plan: Plan, sources: Sources, workers: int
 ) -> dict[str, Tensor]:
@@ -319,8 +326,7 @@ def calibrate(
     """
     Image.init()
     count = len(plan.new_digests)
-    spread = np.linspace(0, count - 1, min(count, CALIBRATION_IMAGES)).round().astype(int).tolist()
-    order = [*dict.fromkeys(spread), *sorted({*range(count)} - {*spread})]
+    order = calibration_order(count)
 
     def pixels() -> Iterator[np.ndarray[Any, Any]]:
         with ThreadPoolExecutor(workers, thread_name_prefix="featcache-decode") as pool:

@@ -212,7 +212,13 @@ def _update(
     )
     nbytes = sum(blank.bytes_of(len(each.digests_of(shard))) for each, shard in pending)
     nbytes += new * BOOKKEEPING_BYTES_PER_ROW
-    free_bytes = require_space(options.out, nbytes, force=options.force)
+    free_bytes = require_space(
+        options.out,
+        nbytes,
+        "choose another --out or --codec, take fewer images with --limit, or begin all the same "
+        "with --force",
+        force=options.force,
+    )
     sources = Sources(plans, root)
     speed = None
     batch_size = pending[0][0].batch_size if pending else 0
@@ -301,6 +307,7 @@ def _describe(
             )
         info = there
     info.source = {
+        **info.source,  # how the codes of a converted store were made
         "data": [str(path.absolute()) for path in manifest.files],
         "images": str(manifest.image_root.absolute()),
     }
@@ -384,9 +391,9 @@ def write_channels(root: Path, info: StoreInfo, layer: str, channels: Tensor) ->
     info.checksums[path] = array_checksum(channels.numpy())
 
 
-def require_space(out: Path, needed: int, *, force: bool = False) -> int:
+def require_space(out: Path, needed: int, cure: str, *, force: bool = False) -> int:
     """Free bytes where `out` is or will be. Raises StoreError where `needed` bytes do not fit,
-    unless forced."""
+    unless forced. cure: what else can be done than to free some space."""
     place = out.absolute()
     while not place.exists():
         place = place.parent
@@ -394,8 +401,7 @@ def require_space(out: Path, needed: int, *, force: bool = False) -> int:
     if needed > free and not force:
         raise StoreError(
             f"{out} needs {needed / 1e9:.1f} GB more and {place} has {free / 1e9:.1f} GB free; "
-            "free some space, choose another --out or --codec, take fewer images with --limit, or "
-            "begin all the same with --force"
+            f"free some space, {cure}"
         )
     return free
 

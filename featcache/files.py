@@ -47,8 +47,7 @@ def publish(path: Path, parts: Iterable[bytes | memoryview | int]) -> Seal:
         with partial.open("wb", buffering=0) as file:
             for part in parts:
                 if isinstance(part, int):
-                    for start in range(0, part, len(_ZEROS)):
-                        checksum.update(_ZEROS[: part - start])
+                    _skip(checksum, part)
                     file.seek(part, os.SEEK_CUR)
                     continue
                 rest = memoryview(part).cast("B")
@@ -73,6 +72,24 @@ _ZEROS = bytes(_BLOCK_BYTES)
 def render_json(document: object) -> bytes:
     """As every JSON file of a store is written. Raises ValueError for NaN or infinity."""
     return json.dumps(document, indent=1, allow_nan=False).encode()
+
+
+def seal_of_parts(parts: Iterable[bytes | memoryview | int]) -> Seal:
+    """The seal of the file that `publish` would write."""
+    checksum, nbytes = xxhash.xxh3_64(), 0
+    for part in parts:
+        if isinstance(part, int):
+            _skip(checksum, part)
+            nbytes += part
+        else:
+            checksum.update(part)
+            nbytes += memoryview(part).nbytes
+    return Seal(nbytes, checksum.hexdigest())
+
+
+def _skip(checksum: xxhash.xxh3_64, zeros: int) -> None:
+    for start in range(0, zeros, len(_ZEROS)):
+        checksum.update(_ZEROS[: zeros - start])
 
 
 def publish_json(path: Path, document: object) -> None:
@@ -100,10 +117,9 @@ def with_checksum(document: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "checksum": xxhash.xxh3_64_hexdigest(canonical)}
 
 
-def read_sealed_json(path: Path) -> dict[str, Any]:
-    """What `publish_json` of `with_checksum` wrote. Raises OSError, and ValueError for any change,
-    be it only of a blank."""
-    content = path.read_bytes()
+def unseal_json(content: bytes) -> dict[str, Any]:
+    """The document of which `content` is `render_json` of `with_checksum`. Raises ValueError for
+    any change, be it only of a blank."""
     document: dict[str, Any] = json.loads(content)
     if not isinstance(document, dict) or render_json(with_checksum(document)) != content:
         raise ValueError("it does not match its checksum")
@@ -115,9 +131,8 @@ def publish_sealed(path: Path, content: bytes | memoryview) -> None:
     publish(path, [content, xxhash.xxh3_64_intdigest(content).to_bytes(8, "little")])
 
 
-def read_sealed(path: Path) -> bytes:
-    """What `publish_sealed` was given. Raises OSError, and ValueError for any change."""
-    raw = path.read_bytes()
+def unseal(raw: bytes) -> bytes:
+    """What `publish_sealed` was given to write `raw`. Raises ValueError for any change."""
     content, checksum = raw[:-8], raw[-8:]
     if xxhash.xxh3_64_intdigest(content).to_bytes(8, "little") != checksum:
         raise ValueError("it does not match its checksum")

@@ -8,8 +8,9 @@ Letters: K keys, R rows.
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,16 @@ class Index:
     @classmethod
     def load(cls, root: Path, info: StoreInfo) -> Index:
         """Raises CorruptStoreError."""
+        return cls.load_from(functools.partial(read_array, root), info)
+
+    @classmethod
+    def load_from(cls, array: Callable[[str, str], np.ndarray[Any, Any]], info: StoreInfo) -> Index:
+        """array: reads one, by its name and its checksum. Raises what that raises."""
         assert info.index is not None
 
         def read(name: str) -> np.ndarray[Any, Any]:
             path = f"{info.index}/{name}"
-            return read_array(root, path, info.checksums.get(path, ""))
+            return array(path, info.checksums.get(path, ""))
 
         return cls(
             **{name: read(name) for name in _PLAIN},
@@ -202,21 +208,38 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
     Raises OSError.
     """
     name = _next_name(root)
-    base = root / name
-    arrays = build_arrays(root, info, journal)
+    generation = journal.plans[-1].generation
+    publish_index(root, info, name, generation, build_arrays(root, info, journal))
+    remove_old(root, info)
+
+
+def publish_index(
+    root: Path,
+    info: StoreInfo,
+    name: str,
+    generation: int,
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+) -> None:
+    """Write an index's arrays to `name` and make it the valid one. Raises OSError."""
     for path, values in arrays.items():
-        write_array(base / path, values)
+        write_array(root / name / path, values)
     for group in ("index", name, f"{name}/checksums"):
         write_group(root / group)
+    enter_index(info, name, generation, arrays)
+    info.save(root)
+
+
+def enter_index(
+    info: StoreInfo, name: str, generation: int, arrays: Mapping[str, np.ndarray[Any, Any]]
+) -> None:
+    """Describe the index `name`, of these arrays, as the valid one."""
     others = {
         path: checksum for path, checksum in info.checksums.items() if not path.startswith("index/")
     }
     of_index = {f"{name}/{path}": array_checksum(values) for path, values in arrays.items()}
     info.checksums = {**others, **of_index}
     info.index = name
-    info.generation = journal.plans[-1].generation
-    info.save(root)
-    remove_old(root, info)
+    info.generation = generation
 
 
 def is_current(root: Path, info: StoreInfo, journal: Journal) -> bool:
@@ -247,6 +270,19 @@ def remove_old(root: Path, info: StoreInfo) -> None:
 
 def build_arrays(root: Path, info: StoreInfo, journal: Journal) -> dict[str, np.ndarray[Any, Any]]:
     """The index's arrays by name, worked out from the journal alone."""
+
+    def commit_of(shard: int) -> Commit:
+        commit = Commit.load_record(root, shard)
+        assert commit is not None
+        return commit
+
+    return build_arrays_from(commit_of, info, journal)
+
+
+def build_arrays_from(
+    commit_of: Callable[[int], Commit], info: StoreInfo, journal: Journal
+) -> dict[str, np.ndarray[Any, Any]]:
+    """commit_of: gives a shard's commit record."""
     assert not journal.pending
     rows = len(journal.status)
     sizes = np.zeros((rows, 2), np.int32)
@@ -255,8 +291,7 @@ def build_arrays(root: Path, info: StoreInfo, journal: Journal) -> dict[str, np.
     details: dict[int, str] = {}
     for plan in journal.plans:
         for shard in plan.shards:
-            commit = Commit.load_record(root, shard)
-            assert commit is not None
+            commit = commit_of(shard)
             first = shard * plan.shard_images
             here = slice(first, min(first + plan.shard_images, plan.end_row))
             flat = np.frombuffer(b"".join(plan.digests_of(shard)), np.uint8)

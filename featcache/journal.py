@@ -25,9 +25,10 @@ from featcache.files import (
     Seal,
     publish_json,
     publish_sealed,
-    read_sealed,
-    read_sealed_json,
+    render_json,
     sweep,
+    unseal,
+    unseal_json,
     with_checksum,
 )
 from featcache.layout import Status
@@ -105,10 +106,10 @@ class Plan:
             publish_sealed(root / place, buffer.getbuffer())
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Raises CorruptStoreError."""
+    def parse(cls, raw: bytes) -> Plan:
+        """raw: the bytes of a plan's file. Raises ValueError for any change."""
         try:
-            with np.load(io.BytesIO(read_sealed(path))) as data:
+            with np.load(io.BytesIO(unseal(raw))) as data:
                 generation, first_shard, shard_images, batch_size = map(int, data["head"])
                 flat = data["digests"].tobytes()
                 return cls(
@@ -122,7 +123,15 @@ class Plan:
                     unpack_failures(data["missing"]),
                     [flat[i : i + DIGEST_BYTES] for i in range(0, len(flat), DIGEST_BYTES)],
                 )
-        except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, IndexError, zipfile.BadZipFile) as error:
+            raise ValueError(str(error)) from None
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Raises CorruptStoreError."""
+        try:
+            return cls.parse(path.read_bytes())
+        except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise CorruptStoreError(
                 f"{path} is damaged ({reason}); `featcache verify {path.parent.parent} --repair` "
@@ -159,6 +168,22 @@ class Commit:
     seconds: dict[str, float]
     versions: dict[str, str]
 
+    def render(self) -> bytes:
+        """The bytes of its file."""
+        return render_json(with_checksum(asdict(self)))
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Commit:
+        """What `render` gave. Raises ValueError for any change."""
+        document = unseal_json(raw)
+        return cls(
+            shard=document["shard"],
+            rows=[RowRecord(**{**row, "size": tuple(row["size"])}) for row in document["rows"]],
+            files={path: Seal(**seal) for path, seal in document["files"].items()},
+            seconds=document["seconds"],
+            versions=document["versions"],
+        )
+
     def save(self, root: Path) -> None:
         """Publish it under journal/. Raises OSError."""
         publish_json(root / layout.commit_path(self.shard), with_checksum(asdict(self)))
@@ -180,16 +205,9 @@ class Commit:
     def load_record(cls, root: Path, shard: int) -> Commit | None:
         """The record as such, whatever became of the files it vouches for."""
         try:
-            document = read_sealed_json(root / layout.commit_path(shard))
+            return cls.parse((root / layout.commit_path(shard)).read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        return cls(
-            shard=document["shard"],
-            rows=[RowRecord(**{**row, "size": tuple(row["size"])}) for row in document["rows"]],
-            files={path: Seal(**seal) for path, seal in document["files"].items()},
-            seconds=document["seconds"],
-            versions=document["versions"],
-        )
 
 
 @dataclass(slots=True)

@@ -96,12 +96,16 @@ class StoreInfo:
     checksums: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    def attributes(self) -> dict[str, Any]:
+        """The attribute "featcache", sealed by a checksum."""
+        return with_checksum(asdict(self))
+
     def document(self) -> dict[str, Any]:
         """The root group's metadata, sealed by a checksum of the attributes."""
         return {
             "zarr_format": 3,
             "node_type": "group",
-            "attributes": {"featcache": with_checksum(asdict(self))},
+            "attributes": {"featcache": self.attributes()},
         }
 
     def save(self, root: Path) -> None:
@@ -145,8 +149,12 @@ class StoreInfo:
                 f"{root}/zarr.json was changed after it was written (its attributes do not match "
                 f"their checksum); `featcache verify {root} --repair` restores it"
             )
-        del attributes["checksum"]
-        return cls(**attributes)
+        return cls.parse(attributes)
+
+    @classmethod
+    def parse(cls, attributes: dict[str, Any]) -> StoreInfo:
+        """From its sealed attributes, already compared with their checksum."""
+        return cls(**{key: value for key, value in attributes.items() if key != "checksum"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +163,7 @@ class Placement:
     r // rows_per_file, and every row of a file follows the one before at the same distance.
 
     row_bytes: of one row. pitch_bytes: from one row to the next. start_bytes: of a file's first.
+    cure: what mends a damaged file, for messages.
     """
 
     paths: Callable[[int], Path]
@@ -162,6 +171,11 @@ class Placement:
     row_bytes: int
     pitch_bytes: int
     start_bytes: int = 0
+    cure: str = "`featcache verify STORE --repair` writes it again"
+
+    def offset(self, row: int) -> int:
+        """Where the row starts in its file."""
+        return self.start_bytes + row % self.rows_per_file * self.pitch_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +231,10 @@ def shard_path(layer: str, shard: int) -> str:
 
 def scales_path(layer: str, shard: int) -> str:
     return f"scales/{layer}/c/{shard}/0"
+
+
+def scales_name(layer: str) -> str:
+    return f"scales/{layer}"
 
 
 def channels_path(layer: str) -> str:

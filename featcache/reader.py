@@ -213,7 +213,7 @@ class FeatureReader:
                 path = self._codes.paths(row // self._codes.rows_per_file)
                 raise CorruptStoreError(
                     f"{path}: the features of row {row} are not the bytes that were written; "
-                    "`featcache verify STORE --repair` writes them again"
+                    f"{self._codes.cure}"
                 )
         self._checked[rows] = True
 
@@ -256,8 +256,8 @@ class FeatureReader:
                 end = offsets[last] + size
                 last += 1
             path = where.paths(shard)
-            if os.preadv(files.descriptor(path), views, start) != end - start:
-                _read_rest(files.descriptor(path), views, start, path)
+            if os.preadv(files.descriptor(path, where.cure), views, start) != end - start:
+                _read_rest(files.descriptor(path, where.cure), views, start, path, where.cure)
             first = last
 
 
@@ -267,16 +267,14 @@ def _as_bytes(values: Tensor) -> np.ndarray[Any, Any]:
     return values.view(torch.uint8).numpy().reshape(len(values), row_bytes)
 
 
-def _read_rest(descriptor: int, views: list[memoryview], at: int, path: Path) -> None:
+def _read_rest(descriptor: int, views: list[memoryview], at: int, path: Path, cure: str) -> None:
     """The slow way, after a short read: fill each view, or find that the file ends."""
     for view in views:
         done = 0
         while done < len(view):
             count = os.preadv(descriptor, [view[done:]], at + done)
             if count == 0:
-                raise CorruptStoreError(
-                    f"{path} is truncated; `featcache verify STORE --repair` writes it again"
-                )
+                raise CorruptStoreError(f"{path} is truncated; {cure}")
             done += count
         at += len(view)
 
@@ -292,7 +290,7 @@ class _OpenFiles:
         self._seen: dict[Path, tuple[int, int]] = {}
         self._on_replaced = on_replaced
 
-    def descriptor(self, path: Path) -> int:
+    def descriptor(self, path: Path, cure: str) -> int:
         """Raises CorruptStoreError where the file cannot be opened."""
         if path in self._open:
             self._open.move_to_end(path)
@@ -300,10 +298,7 @@ class _OpenFiles:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise CorruptStoreError(
-                f"{path}: {error.strerror}; if it is gone, `featcache verify STORE --repair` "
-                "writes it again"
-            ) from None
+            raise CorruptStoreError(f"{path}: {error.strerror}; if it is gone, {cure}") from None
         status = os.fstat(descriptor)
         identity = (status.st_ino, status.st_mtime_ns)
         if self._seen.setdefault(path, identity) != identity:

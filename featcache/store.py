@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 
 from featcache import layout
 from featcache.codecs import Codec, LayerCodec, get_codec
-from featcache.errors import ConfigError, CorruptStoreError, IncompleteStoreError
+from featcache.errors import ConfigError, CorruptStoreError, StoreError
+from featcache.forms import StoreForm, ZarrForm
 from featcache.index import Index
-from featcache.journal import Failure, Journal
+from featcache.journal import Failure
 from featcache.layout import Placement, Status, StoreInfo, read_array
 from featcache.reader import FeatureReader
 from featcache.writer import ShardSpec
@@ -23,6 +24,8 @@ from featcache.writer import ShardSpec
 class Store:
     """A feature store on a local disk. Opening maps the index; nothing is read row by row.
 
+    form: where its parts lie, in a folder (Zarr) or in one HDF5 file.
+
     Letters: P patches, D encoder width.
     """
 
@@ -30,26 +33,17 @@ class Store:
         """Raises StoreError (not a store, newer format), IncompleteStoreError (the first
         extraction has not finished), CorruptStoreError (a damaged index)."""
         self.path = Path(path)
-        self.info = StoreInfo.load(self.path)
+        self.form = form_of(self.path)
+        self.info = self.form.load_info()
         while True:
             try:
-                self.index = self._load_index()
+                self.index = Index.load_from(self.form.array, self.info)
                 return
             except CorruptStoreError:
                 # An extraction may have replaced the index between the two readings.
-                stale, self.info = self.info.index, StoreInfo.load(self.path)
+                stale, self.info = self.info.index, self.form.load_info()
                 if self.info.index == stale:
                     raise
-
-    def _load_index(self) -> Index:
-        if self.info.index is None:
-            journal = Journal.load(self.path, self.info.generation)
-            planned = journal.num_shards
-            raise IncompleteStoreError(
-                f"{self.path} is not finished: {planned - len(journal.pending)} of {planned} "
-                "shards are there; run the same `featcache extract` command again to finish it"
-            )
-        return Index.load(self.path, self.info)
 
     @property
     def codec(self) -> Codec:
@@ -86,7 +80,8 @@ class Store:
 
     @property
     def source(self) -> dict[str, Any]:
-        """{"data": data files, "images": image root} of the latest extraction."""
+        """{"data": data files, "images": image root} of the latest extraction, and where the codes
+        were made from those of another codec {"converted_from": {"codec": its name, ...}}."""
         return self.info.source
 
     @property
@@ -97,7 +92,7 @@ class Store:
     @functools.cached_property
     def spec(self) -> ShardSpec:
         """What its shards are made of. Raises CorruptStoreError."""
-        return shard_spec(self.path, self.info)
+        return _shard_spec(self.form.array, self.info)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray[Any, Any]:
         """int64[len(keys)]: the row of each image, -1 where it has no features."""
@@ -146,41 +141,46 @@ class Store:
 
     def placements(self, layer: str) -> tuple[Placement, Placement | None]:
         """Where the rows of a layer's codes lie, and of its patch scales where it has any."""
-        images = self.info.shard_images
-        geometry, scale_bytes = self.spec.geometry(layer), self.layer_codec(layer).scale_bytes
-        codes = Placement(
-            lambda shard: self.path / layout.shard_path(layer, shard),
-            images,
-            geometry.chunk_bytes,
-            geometry.pitch_bytes,
-        )
-        if not scale_bytes:
+        codes = self.form.placement(self.spec, layout.features_path(layer))
+        if not self.codec.scaled:
             return codes, None
-        scales = Placement(
-            lambda shard: self.path / layout.scales_path(layer, shard),
-            images,
-            scale_bytes,
-            scale_bytes,
-        )
-        return codes, scales
+        return codes, self.form.placement(self.spec, layout.scales_name(layer))
 
     def layer_codec(self, layer: str) -> LayerCodec:
         """How a layer is coded. Raises CorruptStoreError."""
         return self.spec.layers[layer]
 
 
+def form_of(path: Path) -> StoreForm:
+    """By content. Raises StoreError for a file that is no HDF5."""
+    if not path.is_file():
+        return ZarrForm(path)
+    # h5py takes a third of a second to import.
+    from featcache.hdf5 import Hdf5Form, is_hdf5
+
+    if not is_hdf5(path):
+        raise StoreError(
+            f"{path} is a file, not a feature store (neither a Zarr folder nor an HDF5 file)"
+        )
+    return Hdf5Form(path)
+
+
 def shard_spec(root: Path, info: StoreInfo) -> ShardSpec:
-    """What a store's shards are made of.
+    """What a Zarr store's shards are made of.
 
     Raises CorruptStoreError where the channel values of a scaled codec are damaged.
     """
+    return _shard_spec(functools.partial(read_array, root), info)
+
+
+def _shard_spec(array: Callable[[str, str], np.ndarray[Any, Any]], info: StoreInfo) -> ShardSpec:
     codec = get_codec(info.codec)
     layers = {}
     for layer in info.layers:
         path = layout.channels_path(layer)
         channels = None
-        if codec.scaled:
-            values = read_array(root, path, info.checksums.get(path, ""))
+        if codec.scaled and path in info.checksums:  # a store without rows has none
+            values = array(path, info.checksums[path])
             channels = torch.from_numpy(np.array(values, np.float32))
         layers[layer] = LayerCodec(codec, info.num_patches, info.width, channels)
     return ShardSpec(

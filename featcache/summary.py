@@ -46,8 +46,8 @@ class Summary:
     unreferenced: int
     unreferenced_bytes: int
     generations: int
-    committed: int | None
-    planned: int | None
+    committed: int
+    planned: int
     bits: float
     image_bytes: int
     nbytes: int
@@ -70,10 +70,9 @@ def summarize(path: Path) -> Summary:
 
 def _of_index(store: Store) -> Summary:
     info, index, path = store.info, store.index, store.path
-    committed = planned = None
+    committed = planned = -(-store.num_rows // info.shard_images)
     generations, pending = info.generation, 0
     if path.is_dir():
-        planned = -(-store.num_rows // info.shard_images)
         committed = len(list((path / "journal").glob("commit-*.json")))
         if (path / layout.plan_path(generations + 1)).exists():
             # An extraction has begun since.

@@ -8,9 +8,11 @@ Letters: P patches, D encoder width.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,10 @@ from torch import Tensor
 from featcache import layout
 from featcache.codecs import LayerCodec, StoredFeatures
 from featcache.errors import StoreError
-from featcache.files import Seal, publish, sync
+from featcache.files import Seal, publish, seal_of_parts, sync
 from featcache.fingerprint import versions
 from featcache.journal import Commit, RowRecord
-from featcache.layout import ShardGeometry, Status
+from featcache.layout import Placement, ShardGeometry, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +53,20 @@ class ShardSpec:
         """Of a full shard's data files together, and of the buffer that it is filled in."""
         return self.bytes_of(self.images)
 
+    @property
+    def pooled_bytes(self) -> int:
+        """Of one image's pooled output; 0 where there is none."""
+        return self.pooled_width * self.pooled_dtype.itemsize if self.pooled_dtype else 0
+
     def bytes_of(self, images: int) -> int:
         """Of the data files of a shard whose first `images` rows have features."""
-        pooled = self.pooled_width * self.pooled_dtype.itemsize if self.pooled_dtype else 0
         of_layers = sum(
             images * self.geometry(name).pitch_bytes
             + self.geometry(name).index_bytes
             + self.images * layer.scale_bytes
             for name, layer in self.layers.items()
         )
-        return of_layers + self.images * pooled
+        return of_layers + self.images * self.pooled_bytes
 
 
 class ShardBuffer:
@@ -134,20 +140,23 @@ class ShardBuffer:
         return features, None if self._pooled is None else self._pooled[slot]
 
     def load(self, root: Path, shard: int, rows: list[RowRecord]) -> list[int]:
-        """Fill it from a shard on disk; returns the slots whose stored bytes are not the ones that
-        were written, or not finite. `rows` is what the shard's commit record says of it.
+        """`load_from` of a Zarr store."""
+        return self.load_from(lambda array: zarr_placement(root, self.spec, array), shard, rows)
 
+    def load_from(
+        self, placement: Callable[[str], Placement], shard: int, rows: Sequence[RowRecord]
+    ) -> list[int]:
+        """Fill it with what is stored of a shard; returns the slots whose stored bytes are not the
+        ones that were written, or not finite.
+
+        placement: where the rows of an array lie, by its name ("features/-2"). rows: what the
+        shard's commit record says of them; only those with features are read.
         Files that are missing or short count as damaged where they end.
         """
         self.clear(shard)
         self.rows = list(rows)
-        for name, values in self._codes.items():
-            _fill(root / layout.shard_path(name, shard), values)
-            values[:, self.spec.layers[name].code_bytes :] = 0  # the padding
-        for name, scales in self._scales.items():
-            _fill(root / layout.scales_path(name, shard), scales)
-        if self._pooled is not None:
-            _fill(root / layout.pooled_path(shard), self._pooled.view(torch.uint8).numpy())
+        for array, values in self._arrays():
+            _fill(placement(array), shard * self.spec.images, self._present(), values)
         return [
             slot
             for slot, row in enumerate(rows)
@@ -190,11 +199,12 @@ class ShardBuffer:
         return commit
 
     def rewrite(self, root: Path, commit: Commit) -> Commit:
-        """Write the shard's files again without the rows that are no longer OK, and replace its
-        commit record, which is never absent; `commit` is the one there.
+        """Write the shard's files as the rows are now, and replace its commit record, which is at
+        no time absent; `commit` is the one there, or of the store that the rows come from.
 
-        Every file keeps its length, by which it is known to be there: whichever files were
-        replaced before a kill, the shard stays whole for everyone. Raises StoreError as `publish`.
+        Every file is at least as long as it says, and by its length it is known to be there:
+        whichever files were replaced before a kill, the shard stays whole for everyone.
+        Raises StoreError as `publish`.
         """
         try:
             files = self._write(root, commit.files)
@@ -204,23 +214,72 @@ class ShardBuffer:
             raise write_error(root, error) from error
         return commit
 
+    def sealed(self, commit: Commit) -> Commit:
+        """What `rewrite` would write as the commit record."""
+        files = {path: seal_of_parts(parts) for path, parts in self._files(commit.files)}
+        return replace(commit, rows=self.rows, files=files)
+
+    def write_to(self, placement: Callable[[str], tuple[int, Placement]], count: int) -> None:
+        """Write the first `count` rows in place into files that are there.
+
+        placement: an open descriptor, and where the rows of an array lie in it, by its name.
+        Raises OSError.
+        """
+        absent = ~self._present()
+        self._clear_absent(absent)
+        for layer, codes in self._codes.items():
+            codes[absent, : self.spec.layers[layer].code_bytes] = self._fill_bytes(layer)
+        for array, values in self._arrays():
+            descriptor, where = placement(array)
+            for slot in range(count):
+                at = where.offset(self.shard * self.spec.images + slot)
+                write_at(descriptor, values[slot, : where.row_bytes].data, at)
+
+    def _fill_bytes(self, layer: str) -> np.ndarray[Any, Any]:
+        """uint8: the codes of a row without features, as other readers should see them."""
+        coded = self.spec.layers[layer]
+        codec = coded.codec
+        fill = float(codec.fill_value)
+        codes = torch.full(coded.code_shape, fill, dtype=codec.dtype)
+        return codes.flatten().view(torch.uint8).numpy()
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        """(name, uint8[images, bytes of a row, with padding]) of every array; views."""
+        for layer, codes in self._codes.items():
+            yield layout.features_path(layer), codes
+        for layer, scales in self._scales.items():
+            yield layout.scales_name(layer), scales.view(np.uint8)
+        if self._pooled is not None:
+            yield "pooled", self._pooled.view(torch.uint8).numpy()
+
+    def _present(self) -> np.ndarray[Any, Any]:
+        """bool[images]: which rows have features."""
+        return np.array([row.status == Status.OK for row in self.rows])
+
+    def _clear_absent(self, absent: np.ndarray[Any, Any]) -> None:
+        for scales in self._scales.values():
+            scales[absent] = np.nan
+        if self._pooled is not None:
+            self._pooled[torch.from_numpy(absent)] = torch.nan
+
     def _write(self, root: Path, before: Mapping[str, Seal]) -> dict[str, Seal]:
         """Publish the data files, none shorter than its seal in `before`. Raises OSError."""
-        present = np.array([row.status == Status.OK for row in self.rows])
-        files: dict[str, Seal] = {}
+        return {path: publish(root / path, parts) for path, parts in self._files(before)}
+
+    def _files(
+        self, before: Mapping[str, Seal]
+    ) -> Iterator[tuple[str, list[bytes | memoryview | int]]]:
+        """(path, content for `files.publish`) of every data file."""
+        present = self._present()
+        self._clear_absent(~present)
         for name in self.spec.layers:
             path = layout.shard_path(name, self.shard)
             shortest = before[path].nbytes if path in before else 0
-            files[path] = publish(root / path, self._shard_parts(name, present, shortest))
+            yield path, self._shard_parts(name, present, shortest)
         for name, scales in self._scales.items():
-            scales[~present] = np.nan
-            path = layout.scales_path(name, self.shard)
-            files[path] = publish(root / path, [scales.data])
+            yield layout.scales_path(name, self.shard), [scales.data]
         if self._pooled is not None:
-            self._pooled[torch.from_numpy(~present)] = torch.nan
-            path = layout.pooled_path(self.shard)
-            files[path] = publish(root / path, [raw_bytes(self._pooled)])
-        return files
+            yield layout.pooled_path(self.shard), [raw_bytes(self._pooled)]
 
     def _shard_parts(
         self, name: str, present: np.ndarray[Any, Any], shortest: int
@@ -245,17 +304,59 @@ class ShardBuffer:
         return [*parts, max(0, hole), geometry.encode_index(present)]
 
 
-def _fill(path: Path, values: np.ndarray[Any, Any]) -> None:
-    """As many of the array's bytes as the file has; the rest is zeros."""
-    flat = values.reshape(-1).view(np.uint8)
-    count = 0
+def zarr_placement(root: Path, spec: ShardSpec, array: str) -> Placement:
+    """Where the rows of a Zarr store's array lie, by its name ("features/-2")."""
+    kind, _, layer = array.partition("/")
+    if kind == "features":
+        geometry = spec.geometry(layer)
+        row_bytes, pitch_bytes = geometry.chunk_bytes, geometry.pitch_bytes
+        return Placement(
+            lambda shard: root / layout.shard_path(layer, shard),
+            spec.images,
+            row_bytes,
+            pitch_bytes,
+        )
+    if kind == "scales":
+        row_bytes = spec.layers[layer].scale_bytes
+        return Placement(
+            lambda shard: root / layout.scales_path(layer, shard), spec.images, row_bytes, row_bytes
+        )
+    row_bytes = spec.pooled_bytes
+    return Placement(
+        lambda shard: root / layout.pooled_path(shard), spec.images, row_bytes, row_bytes
+    )
+
+
+def _fill(
+    where: Placement, first: int, present: np.ndarray[Any, Any], values: np.ndarray[Any, Any]
+) -> None:
+    """Read the rows that are `present`, counted from row `first`, into values: uint8[images, ...];
+    what is not in the file, or not present, is zeros."""
+    values[~present] = 0
+    values[:, where.row_bytes :] = 0
     try:
-        with path.open("rb", buffering=0) as file:
-            while count < len(flat) and (read := file.readinto(flat[count:].data)):
-                count += read
+        descriptor = os.open(where.paths(first // where.rows_per_file), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        pass
-    flat[count:] = 0
+        values[:] = 0
+        return
+    try:
+        for slot in present.nonzero()[0].tolist():
+            row, count = values[slot, : where.row_bytes], 0
+            with contextlib.suppress(OSError):
+                while read := os.preadv(
+                    descriptor, [row[count:].data], where.offset(first + slot) + count
+                ):
+                    count += read
+            row[count:] = 0
+    finally:
+        os.close(descriptor)
+
+
+def write_at(descriptor: int, content: memoryview, at: int) -> None:
+    """Write all of `content` at a place of a file. Raises OSError."""
+    while content:
+        written = os.pwrite(descriptor, content, at)
+        content, at = content[written:], at + written
 
 
 def raw_bytes(values: Tensor) -> memoryview:

@@ -1,4 +1,7 @@
-"""The store as its readers see it: ours, zarr-python and tensorstore agree, value for value."""
+"""The store as its readers see it: ours, zarr-python, tensorstore and h5py agree, value for value.
+
+What holds for any store is tested on a Zarr folder and on an HDF5 file.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import tensorstore
@@ -17,6 +21,7 @@ import zarr
 import featcache
 import featcache.bfloat16  # registers the data type with zarr-python
 from featcache.codecs import CODECS
+from featcache.convert import convert
 from featcache.encoders import load_encoder
 from featcache.errors import (
     ConfigError,
@@ -37,7 +42,7 @@ BROKEN = "0004.png"
 
 
 @pytest.fixture(scope="session", params=list(CODECS))
-def store_dir(
+def zarr_store(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path
 ) -> Path:
     """11 images in shards of 4, one of them broken, two layers."""
@@ -61,6 +66,17 @@ def store_dir(
     return folder / "store.zarr"
 
 
+@pytest.fixture(scope="session", params=["zarr", "h5"])
+def store_path(request: pytest.FixtureRequest, zarr_store: Path) -> Path:
+    """The same store in each form."""
+    if request.param == "zarr":
+        return zarr_store
+    path = zarr_store.with_suffix(".h5")
+    if not path.exists():
+        convert(zarr_store, path)
+    return path
+
+
 def bits(values: object) -> np.ndarray:
     """Values of any origin as bytes, so that NaN equals NaN."""
     if isinstance(values, torch.Tensor):
@@ -69,13 +85,30 @@ def bits(values: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layer", ["-2", "last"])
-def test_zarr_python_and_tensorstore_read_what_we_read(store_dir: Path, layer: str) -> None:
-    store = featcache.open(store_dir)
-    group = zarr.open_group(store_dir, mode="r")
+def test_h5py_reads_what_zarr_python_reads(zarr_store: Path, layer: str) -> None:
+    """Failed images included: NaN, by the patch scales where the codes are integers."""
+    path = zarr_store.with_suffix(".h5")
+    if not path.exists():
+        convert(zarr_store, path)
+    group = zarr.open_group(zarr_store, mode="r")
+    with h5py.File(path) as file:
+        names = [f"features/{layer}", "pooled"]
+        if featcache.open(path).codec.scaled:
+            names += [f"scales/{layer}", f"channels/{layer}"]
+        for name in names:
+            np.testing.assert_array_equal(bits(file[name][:]), bits(group[name][:]))
+        bf16 = file[f"features/{layer}"].attrs.get("dtype") == "bfloat16"
+        assert bf16 == (featcache.open(path).codec.name == "bf16")
+
+
+@pytest.mark.parametrize("layer", ["-2", "last"])
+def test_zarr_python_and_tensorstore_read_what_we_read(zarr_store: Path, layer: str) -> None:
+    store = featcache.open(zarr_store)
+    group = zarr.open_group(zarr_store, mode="r")
     by_zarr = group[f"features/{layer}"][:]
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{store_dir}/features/{layer}"},
+        "kvstore": {"driver": "file", "path": f"{zarr_store}/features/{layer}"},
     }
     by_tensorstore = tensorstore.open(spec).result().read().result()
     assert by_zarr.shape == by_tensorstore.shape == (COUNT, *store.layer_codec(layer).code_shape)
@@ -91,9 +124,9 @@ def test_zarr_python_and_tensorstore_read_what_we_read(store_dir: Path, layer: s
         np.testing.assert_array_equal(ours.layer.channels, group[f"channels/{layer}"][:])
 
 
-def test_a_failed_image_reads_as_nan_never_as_zeros(store_dir: Path) -> None:
-    group = zarr.open_group(store_dir, mode="r")
-    scaled = featcache.open(store_dir).codec.scaled  # then the patch scales are what is NaN
+def test_a_failed_image_reads_as_nan_never_as_zeros(zarr_store: Path) -> None:
+    group = zarr.open_group(zarr_store, mode="r")
+    scaled = featcache.open(zarr_store).codec.scaled  # then the patch scales are what is NaN
     kind = "scales" if scaled else "features"
     for array in (group[f"{kind}/-2"], group[f"{kind}/last"], group["pooled"]):
         values = array[:].astype(np.float32)
@@ -101,35 +134,35 @@ def test_a_failed_image_reads_as_nan_never_as_zeros(store_dir: Path) -> None:
         assert np.isfinite(np.delete(values, 4, axis=0)).all()
 
 
-def test_the_hierarchy_can_be_walked_without_a_warning(store_dir: Path) -> None:
+def test_the_hierarchy_can_be_walked_without_a_warning(zarr_store: Path) -> None:
     """Warnings are errors here, and zarr-python warns of files that are no part of Zarr."""
-    names = {name for name, _ in zarr.open_group(store_dir, mode="r").members(max_depth=None)}
+    names = {name for name, _ in zarr.open_group(zarr_store, mode="r").members(max_depth=None)}
     assert {"features/-2", "features/last", "pooled", "journal"} <= names
 
 
-def test_features_are_the_encoders(store_dir: Path, encoder_dir: Path) -> None:
+def test_features_are_the_encoders(store_path: Path, encoder_dir: Path) -> None:
     """Batches of one against the stored batches of three: rounding of fp32, then of the codec.
 
     Largest relative L2 error of an image that was measured: fp16 2.2e-4, bf16 1.7e-3, int8 4.7e-3.
     """
     tolerance = {"fp16": 3e-4, "bf16": 3e-3, "int8": 1e-2, "fp8": 4e-2, "int4": 2e-1}
-    store = featcache.open(store_dir)
+    store = featcache.open(store_path)
     encoder = load_encoder(str(encoder_dir), layers=store.layers)
     rows = store.rows(["0000.png", "0007.png"])
     for layer in store.layers:
         with store.reader(layer) as reader:
             stored = reader.read(rows, torch.float32)
         for values, key in zip(stored, ["0000.png", "0007.png"], strict=True):
-            pixels = encoder.preprocess(load_image(store_dir.parent / "images" / key))
+            pixels = encoder.preprocess(load_image(store_path.parent / "images" / key))
             live = encoder.encode(torch.from_numpy(pixels)[None]).features[layer][0]
             error = float((values - live).norm() / live.norm())
             assert error < tolerance[store.codec.name]
 
 
-def test_layout_on_disk(store_dir: Path) -> None:
-    store = featcache.open(store_dir)
+def test_layout_on_disk(zarr_store: Path) -> None:
+    store = featcache.open(zarr_store)
     geometry = store.spec.geometry("-2")
-    shards = [read_shard_index(store_dir / f"features/-2/c/{n}/0/0", 4) for n in range(3)]
+    shards = [read_shard_index(zarr_store / f"features/-2/c/{n}/0/0", 4) for n in range(3)]
     chunks = np.concatenate(shards)
     present = chunks[:, 1] != 2**64 - 1
     assert present.tolist() == [row not in (4, COUNT) for row in range(COUNT + 1)]
@@ -137,7 +170,7 @@ def test_layout_on_disk(store_dir: Path) -> None:
     assert (chunks[present, 0] == slots * geometry.pitch_bytes).all()
     assert geometry.pitch_bytes % CHUNK_ALIGNMENT_BYTES == 0
     assert (chunks[present, 1] == store.layer_codec("-2").code_bytes).all()
-    assert sorted(path.name for path in (store_dir / "journal").iterdir()) == [
+    assert sorted(path.name for path in (zarr_store / "journal").iterdir()) == [
         *(f"commit-{shard:08d}.json" for shard in range(3)),
         "copy",
         "lock",
@@ -146,22 +179,22 @@ def test_layout_on_disk(store_dir: Path) -> None:
     ]
 
 
-def test_rows_reasons_and_sizes(store_dir: Path) -> None:
-    store = featcache.open(store_dir)
+def test_rows_reasons_and_sizes(store_path: Path) -> None:
+    store = featcache.open(store_path)
     assert store.rows(["0003.png", BROKEN, "none.png", "0000.png"]).tolist() == [3, -1, -1, 0]
     assert store.rows([]).tolist() == []
     assert store.reason(BROKEN) == "undecodable: no image of a known format"
     assert store.reason("none.png") == "not in the store"
     assert (store.num_rows, store.num_images) == (COUNT, COUNT - 1)
-    image = load_image(store_dir.parent / "images" / "0003.png")
+    image = load_image(store_path.parent / "images" / "0003.png")
     assert store.sizes[3].tolist() == list(image.size)
 
 
 # ------------------------------------------------------------------------------------- the reader
 
 
-def test_stream_equals_read_for_odd_batches(store_dir: Path) -> None:
-    store = featcache.open(store_dir)
+def test_stream_equals_read_for_odd_batches(store_path: Path) -> None:
+    store = featcache.open(store_path)
     rng = np.random.default_rng(0)
     good = np.array([row for row in range(COUNT) if row != 4])
     batches = [rng.choice(good, size) for size in (1, 32, 0, 5, 7, 1, 64, 3) * 5]
@@ -176,8 +209,8 @@ def test_stream_equals_read_for_odd_batches(store_dir: Path) -> None:
             assert seen == len(batches)
 
 
-def test_stream_reuses_a_bounded_ring_of_buffers(store_dir: Path) -> None:
-    with featcache.open(store_dir).reader(depth=2) as reader:
+def test_stream_reuses_a_bounded_ring_of_buffers(store_path: Path) -> None:
+    with featcache.open(store_path).reader(depth=2) as reader:
         addresses = {
             features.codes.data_ptr()
             for _ in range(3)
@@ -187,15 +220,15 @@ def test_stream_reuses_a_bounded_ring_of_buffers(store_dir: Path) -> None:
 
 
 def test_neighbouring_rows_are_read_in_one_call(
-    store_dir: Path, monkeypatch: pytest.MonkeyPatch
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: calls.append(args) or preadv(*args))
-    with featcache.open(store_dir).reader(threads=1) as reader:
+    with featcache.open(store_path).reader(threads=1) as reader:
         reader.read(np.array([3, 1, 0, 2, 8, 10]))
     # Rows 0 to 3 are shard 0; 8 and 10 lie in shard 2 with 9 between them.
-    assert len(calls) == 3 * (1 + featcache.open(store_dir).codec.scaled)
+    assert len(calls) == 3 * (1 + featcache.open(store_path).codec.scaled)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +239,8 @@ def test_neighbouring_rows_are_read_in_one_call(
         ([-1, 0], "row -1 is out of range"),
     ],
 )
-def test_rows_that_cannot_be_read(store_dir: Path, rows: list[int], message: str) -> None:
-    with featcache.open(store_dir).reader() as reader:
+def test_rows_that_cannot_be_read(store_path: Path, rows: list[int], message: str) -> None:
+    with featcache.open(store_path).reader() as reader:
         with pytest.raises(StoreError, match=message):
             reader.read(np.array(rows))
         with pytest.raises(StoreError, match=message):
@@ -218,8 +251,8 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_close_leaves_no_file_and_no_thread(store_dir: Path) -> None:
-    store = featcache.open(store_dir)
+def test_close_leaves_no_file_and_no_thread(store_path: Path) -> None:
+    store = featcache.open(store_path)
     files, threads = open_files(), threading.active_count()
     for _ in range(3):
         with store.reader() as reader:
@@ -229,8 +262,8 @@ def test_close_leaves_no_file_and_no_thread(store_dir: Path) -> None:
     assert (open_files(), threading.active_count()) == (files, threads)
 
 
-def test_closing_under_a_stream_does_not_hang(store_dir: Path) -> None:
-    reader = featcache.open(store_dir).reader(threads=1, depth=8)
+def test_closing_under_a_stream_does_not_hang(store_path: Path) -> None:
+    reader = featcache.open(store_path).reader(threads=1, depth=8)
     iterator = reader.stream([np.array([0, 5, 9])] * 50)
     next(iterator)
     reader.close()
@@ -241,8 +274,8 @@ def test_closing_under_a_stream_does_not_hang(store_dir: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_is_refused_not_deadlocked(store_dir: Path) -> None:
-    with featcache.open(store_dir).reader() as reader:
+def test_a_forked_child_is_refused_not_deadlocked(store_path: Path) -> None:
+    with featcache.open(store_path).reader() as reader:
         reader.read(np.array([0]))
         child = os.fork()
         if child == 0:
@@ -254,22 +287,24 @@ def test_a_forked_child_is_refused_not_deadlocked(store_dir: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-def test_an_unknown_layer(store_dir: Path) -> None:
+def test_an_unknown_layer(store_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no layer '-3', only -2, last"):
-        featcache.open(store_dir).reader("-3")
+        featcache.open(store_path).reader("-3")
 
 
 # ----------------------------------------------------------------------------- damaged and foreign
 
 
-@pytest.fixture
-def copy(store_dir: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(store_dir, tmp_path / "copy.zarr")
-
-
-def test_a_store_can_be_moved(copy: Path) -> None:
-    with featcache.open(copy).reader() as reader:
+def test_a_store_can_be_moved(store_path: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"  # no suffix: a form is known by its content
+    (shutil.copytree if store_path.is_dir() else shutil.copy)(store_path, moved)
+    with featcache.open(moved).reader() as reader:
         assert reader.read(np.array([0, 10])).shape == (2, 9, 24)
+
+
+@pytest.fixture
+def copy(zarr_store: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(zarr_store, tmp_path / "copy.zarr")
 
 
 @pytest.mark.parametrize("cut", [0, 100, 5000])
@@ -297,6 +332,10 @@ def test_what_is_no_store(tmp_path: Path, copy: Path) -> None:
         Store(tmp_path / "none.zarr")
     with pytest.raises(StoreError, match="it has no zarr"):
         Store(tmp_path)
+    for content in (b"", b"thesis"):
+        (tmp_path / "file.h5").write_bytes(content)
+        with pytest.raises(StoreError, match=r"neither a Zarr folder nor an HDF5 file"):
+            Store(tmp_path / "file.h5")
     (copy / "zarr.json").write_text("{")
     with pytest.raises(StoreError, match="does not describe a feature store"):
         Store(copy)

@@ -1,0 +1,106 @@
+"""The two forms that a store is kept in: a folder of Zarr arrays, or one HDF5 file.
+
+A form says where the parts of a store lie. What they mean, and how rows are read, is the same for
+both: featcache/store.py and featcache/reader.py know no difference.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache import layout
+from featcache.errors import CorruptStoreError, IncompleteStoreError
+from featcache.journal import Commit, Journal, Plan
+from featcache.layout import Placement, StoreInfo, read_array
+from featcache.writer import ShardSpec, zarr_placement
+
+
+class StoreForm(ABC):
+    """Where the parts of the finished store at `path` lie.
+
+    Arrays are named alike in both forms: "features/-2", "index/00000001/status".
+    """
+
+    path: Path
+
+    @abstractmethod
+    def load_info(self) -> StoreInfo:
+        """Raises StoreError, IncompleteStoreError, CorruptStoreError."""
+
+    @abstractmethod
+    def array(self, name: str, checksum: str) -> np.ndarray[Any, Any]:
+        """A small array, mapped read-only after its `array_checksum` was compared.
+
+        Raises CorruptStoreError.
+        """
+
+    @abstractmethod
+    def placement(self, spec: ShardSpec, name: str) -> Placement:
+        """Where the rows of features, scales or pooled outputs lie. Raises CorruptStoreError."""
+
+    @abstractmethod
+    def plan(self, generation: int) -> bytes:
+        """The bytes of a plan's file. Raises CorruptStoreError where they were changed."""
+
+    @abstractmethod
+    def commit(self, shard: int) -> Commit:
+        """A shard's commit record. Raises CorruptStoreError where it is gone or was changed."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Of all its files."""
+
+    @property
+    @abstractmethod
+    def cure(self) -> str:
+        """What mends damage, for messages."""
+
+
+class ZarrForm(StoreForm):
+    """A folder: featcache/layout.py."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load_info(self) -> StoreInfo:
+        info = StoreInfo.load(self.path)
+        if info.index is None:
+            journal = Journal.load(self.path, info.generation)
+            planned = journal.num_shards
+            raise IncompleteStoreError(
+                f"{self.path} is not finished: {planned - len(journal.pending)} of {planned} "
+                "shards are there; run the same `featcache extract` command again to finish it"
+            )
+        return info
+
+    def array(self, name: str, checksum: str) -> np.ndarray[Any, Any]:
+        return read_array(self.path, name, checksum)
+
+    def placement(self, spec: ShardSpec, name: str) -> Placement:
+        return zarr_placement(self.path, spec, name)
+
+    def plan(self, generation: int) -> bytes:
+        path = self.path / layout.plan_path(generation)
+        Plan.load(path)
+        return path.read_bytes()
+
+    def commit(self, shard: int) -> Commit:
+        commit = Commit.load_record(self.path, shard)
+        if commit is None:
+            raise CorruptStoreError(
+                f"{self.path / layout.commit_path(shard)} is gone or was changed; {self.cure}"
+            )
+        return commit
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+    @property
+    def cure(self) -> str:
+        return f"`featcache verify {self.path} --repair` writes it again"
