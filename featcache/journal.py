@@ -183,6 +183,8 @@ class Commit:
             document = read_sealed_json(root / layout.commit_path(shard))
         except (FileNotFoundError, ValueError):
             return None
+        if document["shard"] != shard:  # whole, and of another place
+            return None
         return cls(
             shard=document["shard"],
             rows=[RowRecord(**{**row, "size": tuple(row["size"])}) for row in document["rows"]],
