@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from featcache.encoders import Encoder, load_encoder
 from featcache.errors import ConfigError, CorruptStoreError, ManifestError, StoreError
 from featcache.files import publish, publish_json
 from featcache.fingerprint import fingerprint, require_same
-from featcache.index import Index, compile_index, remove_old
+from featcache.index import Index, build_arrays, compile_index, remove_old
 from featcache.journal import Journal, Plan, locked, merge, num_rows
 from featcache.layout import (
     Status,
@@ -233,9 +232,7 @@ def _update(
             with ShardEncoder(out, encoder, spec, sources, options.workers) as work:
                 for done, failed in work.run(pending):
                     seconds, backed_off = work.seconds, encoder.backed_off
-                    on_progress(
-                        ExtractProgress("encode", done, new, failed, seconds, backed_off)
-                    )
+                    on_progress(ExtractProgress("encode", done, new, failed, seconds, backed_off))
         if plan or pending or not _index_is_current(out, info, journal):
             compile_index(out, info, Journal.load(out))
         remove_old(out, info)
@@ -287,7 +284,9 @@ def _describe(
         shard_images=options.shard_images or DEFAULT_SHARD_IMAGES,
         pooled=encoder.model.use_head,
     )
-    if (options.out / "zarr.json").exists():
+    # Wherever a store was begun: what says how its features were made may be lost.
+    begun = ("zarr.json", layout.copy_path("zarr.json"), layout.plan_path(1))
+    if any((options.out / path).exists() for path in begun):
         there = StoreInfo.load(options.out)
         require_same(
             {**there.fingerprint, "codec": there.codec},
@@ -314,10 +313,17 @@ def _index_is_current(root: Path, info: StoreInfo, journal: Journal) -> bool:
     commit record and the index, or the index may be damaged."""
     if info.index is None or info.generation != max(plan.generation for plan in journal.plans):
         return False
+    should = {
+        f"{info.index}/{path}": array_checksum(values)
+        for path, values in build_arrays(root, info, journal).items()
+    }
+    if any(info.checksums.get(path) != checksum for path, checksum in should.items()):
+        return False
     try:
-        return np.array_equal(Index.load(root, info).status, journal.status)
+        Index.load(root, info)
     except CorruptStoreError:
         return False
+    return True
 
 
 def prepare_store(
