@@ -9,6 +9,7 @@ group = LazyGroup(
     {
         "extract": ("cli.extract:extract", "Encode images once into a feature store."),
         "info": ("cli.info:info", "Shape, codec, encoder, rows, failures and bytes of a store."),
+        "verify": ("cli.verify:verify", "Check a store byte by byte; mend it with --repair."),
         "failures": ("cli.failures:failures", "The images without features, and why."),
         "models": ("cli.models:models", "The encoders known by name."),
     },
