@@ -118,8 +118,7 @@ def _compile(found: Inspection, info: StoreInfo) -> None:
     """The index anew, where the journal can tell it and it is wrong."""
     if found.index_known and any(problem.cure == RECOMPILE for problem in found.problems):
         plans = found.finished
-        status = Journal.load(found.root).status[: num_rows(plans)]
-        compile_index(found.root, info, Journal(plans, status, []))
+        compile_index(found.root, info, Journal(plans, found.status[: num_rows(plans)], []))
 
 
 class _ShardRepair:

@@ -162,15 +162,17 @@ class Inspection:
     """All that one pass over a store has found, for the report and for the repair.
 
     info: None where neither copy of the store's description is whole. plans: up to the first that
-    is lost; plans_whole: none is. contents: {path: the right bytes} of damaged files whose content
-    is known. shards: those to be written again. unfinished: planned by an extraction that has not
-    ended, and not there yet. index_known: whether the journal can tell what the index should say.
+    is lost; plans_whole: none is. status: uint8[rows], by the commit records. contents: {path: the
+    right bytes} of damaged files whose content is known. shards: those to be written again.
+    unfinished: planned by an extraction that has not ended, and not there yet. index_known: whether
+    the journal can tell what the index should say.
     """
 
     root: Path
     info: StoreInfo | None = None
     plans: list[Plan] = field(default_factory=list)
     plans_whole: bool = True
+    status: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, np.uint8))
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -228,8 +230,8 @@ def inspect(
                 documents[f"{group}/zarr.json"] = group_metadata()
         for path, document in documents.items():
             _check_content(found, path, render_json(document), REWRITE)
-    status = _check_shards(found, found.info, workers, on_progress, only)
-    _check_index(found, found.info, status)
+    _check_shards(found, found.info, workers, on_progress, only)
+    _check_index(found, found.info)
     if found.plans_whole:
         _note_leftovers(found, found.info)
     if found.unfinished:
@@ -373,6 +375,8 @@ def _check_channels(found: Inspection, info: StoreInfo) -> None:
 def _reason(error: CorruptStoreError) -> str:
     """What of a damaged array's message is not its path and not the cure."""
     inner = re.search(r" is damaged \((.*)\); `featcache verify", str(error), re.DOTALL)
+    if inner and inner[1].startswith("[Errno 2]"):
+        return "is missing, or a part of it"
     return f"is damaged ({inner[1]})" if inner else str(error)
 
 
@@ -385,10 +389,10 @@ def _check_shards(
     workers: int,
     on_progress: OnProgress,
     only: frozenset[int] | None,
-) -> np.ndarray[Any, Any]:
-    """Commit records and data files. Returns uint8[rows], the statuses of the rows."""
+) -> None:
+    """Commit records and data files."""
     spec = blank_spec(info)
-    status = np.full(num_rows(found.plans), Status.UNUSED, np.uint8)
+    status = found.status = np.full(num_rows(found.plans), Status.UNUSED, np.uint8)
     jobs = [(plan, shard) for plan in found.plans for shard in plan.shards]
     read = [only is None or shard in only for _, shard in jobs]
     sizes = [
@@ -421,7 +425,6 @@ def _check_shards(
             here = status[shard * plan.shard_images : plan.end_row][: plan.shard_images]
             here[:] = result.status[: len(here)]
     found.images = int((status == Status.OK).sum())
-    return status
 
 
 def blank_spec(info: StoreInfo) -> ShardSpec:
@@ -659,14 +662,14 @@ def key_of(plans: Sequence[Plan], row: int) -> str:
 # ------------------------------------------------------------------------------ index and leftovers
 
 
-def _check_index(found: Inspection, info: StoreInfo, status: np.ndarray[Any, Any]) -> None:
+def _check_index(found: Inspection, info: StoreInfo) -> None:
     """The compiled index against the journal; against its own checksums where that is damaged."""
     if info.index is None:
         return
     expected = {path: sum for path, sum in info.checksums.items() if path.startswith("index/")}
     if found.index_known:
         plans = found.finished
-        journal = Journal(plans, status[: num_rows(plans)], [])
+        journal = Journal(plans, found.status[: num_rows(plans)], [])
         arrays = build_arrays(found.root, info, journal)
         said, expected = (
             expected,
