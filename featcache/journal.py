@@ -249,7 +249,8 @@ def locked(root: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(
-                f"another process is writing {root}; wait for it, or stop it and run again"
+                f"another process is writing {root}, or verifying it; wait for it, or stop it and "
+                "run again"
             ) from None
         sweep(root)
         yield
