@@ -16,14 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from featcache.encode import ShardEncoder, Sources
+from featcache import layout
+from featcache.codecs import get_codec
+from featcache.encode import ShardEncoder, Sources, calibrate
 from featcache.encoders import RANDOM_REVISION, Encoder, load_encoder
 from featcache.errors import CorruptStoreError, FeatcacheError, StoreError
 from featcache.files import publish
 from featcache.fingerprint import fingerprint, require_same
 from featcache.index import Index, compile_index, remove_old
 from featcache.journal import Commit, Journal, Plan, RowRecord, locked, merge, num_rows
-from featcache.layout import Status, StoreInfo
+from featcache.layout import Status, StoreInfo, array_checksum, write_array
 from featcache.planning import RETRIED
 from featcache.store import shard_spec
 from featcache.verify import (
@@ -78,12 +80,19 @@ def _repair(
     # The description comes first: with it a stopped repair goes on.
     for path, content in found.contents.items():
         publish(root / path, [content])
-    reasons: dict[int, str] = {}
+    reasons: dict[int | str | None, str] = {}
     notes: list[str] = []
     if found.plans_whole:
         # Before any commit record is replaced: from here on the index can stand in for one.
         _compile(found, info)
         with _ShardRepair(found, info, workers, model, images) as work:
+            if found.channels:
+                try:
+                    work.measure(list(found.channels))
+                except FeatcacheError as error:
+                    for layer in found.channels:
+                        path = layout.channels_path(layer)
+                        reasons[path] = reasons[layout.copy_path(path)] = str(error)
             for done, (shard, plan) in enumerate(sorted(found.shards.items())):
                 on_progress(VerifyProgress("repair", done, len(found.shards)))
                 try:
@@ -97,12 +106,11 @@ def _repair(
     if after.index_known and any(problem.cure == RECOMPILE for problem in after.problems):
         _compile(after, info)
         after = inspect(root, workers, only=frozenset(found.shards))
-    left = [
-        replace(problem, what=f"{problem.what}; it cannot be mended: {reasons[problem.shard]}")
-        if problem.shard in reasons
-        else problem
-        for problem in after.problems
-    ]
+    left = []
+    for problem in after.problems:
+        why = reasons.get(problem.shard) or reasons.get(problem.where)
+        what = f"{problem.what}; it cannot be mended: {why}" if why else problem.what
+        left.append(replace(problem, what=what))
     still = {problem.where for problem in left}
     report = found.report(0.0)
     return replace(
@@ -135,7 +143,8 @@ class _ShardRepair:
         self._root, self._info, self._plans = found.root, info, found.plans
         self._workers, self._model, self._images = workers, model, images
         self._buffer: ShardBuffer | None = None
-        self._encoder: ShardEncoder | FeatcacheError | None = None
+        self._encoder: Encoder | FeatcacheError | None = None
+        self._work: ShardEncoder | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -210,7 +219,26 @@ class _ShardRepair:
                 rows[slot].checksums = {name: int(of[row]) for name, of in index.checksums.items()}
         return rows
 
-    def _ready(self) -> ShardEncoder:
+    def measure(self, layers: list[str]) -> None:
+        """Measure the channel values of these layers again and write them, twice.
+
+        Raises FeatcacheError where they come out as others than they were, as they do where one of
+        the images that they were measured on is not there any more.
+        """
+        plan = next(plan for plan in self._plans if plan.new_digests)
+        codec, sources = get_codec(self._info.codec), self._sources()
+        measured = calibrate(self._load(), codec, plan, sources, self._workers)
+        for layer in layers:
+            values, path = measured[layer].numpy(), layout.channels_path(layer)
+            if array_checksum(values) != self._info.checksums[path]:
+                raise StoreError(
+                    "measured again, it comes out otherwise; one of the first images is gone, or "
+                    "this machine rounds differently"
+                )
+            for place in (layout.copy_path(path), path):
+                write_array(self._root / place, values)
+
+    def _load(self) -> Encoder:
         """The store's encoder, loaded when it is first needed. Raises FeatcacheError."""
         if self._encoder is None:
             try:
@@ -222,15 +250,23 @@ class _ShardRepair:
                     right_name="the encoder as it is here",
                     cure="name the right one with --model",
                 )
-                spec = shard_spec(self._root, self._info)
-                sources = sources_of(self._info, self._plans, self._images)
-                work = ShardEncoder(self._root, encoder, spec, sources, self._workers)
-                self._encoder = self._stack.enter_context(work)
+                self._encoder = encoder
             except FeatcacheError as error:
                 self._encoder = error
         if isinstance(self._encoder, FeatcacheError):
             raise self._encoder
         return self._encoder
+
+    def _sources(self) -> Sources:
+        return sources_of(self._info, self._plans, self._images)
+
+    def _ready(self) -> ShardEncoder:
+        """What encodes rows. Raises FeatcacheError."""
+        if self._work is None:
+            encoder, spec = self._load(), shard_spec(self._root, self._info)
+            work = ShardEncoder(self._root, encoder, spec, self._sources(), self._workers)
+            self._work = self._stack.enter_context(work)
+        return self._work
 
 
 def encoder_of(info: StoreInfo, model: str | None, device: str | None = None) -> Encoder:

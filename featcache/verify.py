@@ -59,6 +59,7 @@ NAMED_ROWS = 5
 COPY = "restores it from its second copy"
 REWRITE = "writes it again"
 RECOMPILE = "compiles the index again from the journal"
+REMEASURE = "measures it again on the images that it was measured on"
 RESHARD = "writes the shard again and encodes only the rows that are bad"
 
 
@@ -163,7 +164,8 @@ class Inspection:
 
     info: None where neither copy of the store's description is whole. plans: up to the first that
     is lost; plans_whole: none is. status: uint8[rows], by the commit records. contents: {path: the
-    right bytes} of damaged files whose content is known. shards: those to be written again.
+    right bytes} of damaged files whose content is known. channels: layers whose
+    channel values are lost. shards: those to be written again.
     unfinished: planned by an extraction that has not ended, and not there yet. index_known: whether
     the journal can tell what the index should say.
     """
@@ -176,6 +178,7 @@ class Inspection:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     contents: dict[str, bytes] = field(default_factory=dict)
+    channels: dict[str, None] = field(default_factory=dict)
     shards: dict[int, Plan] = field(default_factory=dict)
     unfinished: int = 0
     index_known: bool = False
@@ -289,7 +292,7 @@ def _check_root(found: Inspection) -> None:
     # Where both are whole, the original is the one that is written first.
     info = found.info = original or second
     if info is None:
-        with contextlib.suppress(CorruptStoreError):
+        with contextlib.suppress(CorruptStoreError, OSError):
             StoreInfo.load(found.root)  # raises where it says that it is of another format
         for path in (name, copy):
             gone = "is missing" if not (found.root / path).exists() else "is damaged"
@@ -364,7 +367,8 @@ def _check_channels(found: Inspection, info: StoreInfo) -> None:
                 damage[path] = _reason(error)
         for path, what in damage.items():
             if good is None:
-                found.add(path, f"{what}, and so is the other copy of it")
+                found.add(path, f"{what}, and so is the other copy of it", REMEASURE)
+                found.channels[layer] = None
                 continue
             found.add(path, what, COPY)
             places = array_files(Path(path), good.ndim)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 import shutil
 import tempfile
@@ -91,9 +92,11 @@ def cache_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cached_encoders() -> object:
+def quick() -> object:
+    """Encoders are loaded once, and no file is synced: 200 cases in half a minute."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         cache_encoders(monkeypatch)
+        monkeypatch.setattr(os, "fsync", lambda _: None)
         yield
 
 
@@ -176,7 +179,8 @@ def test_damage(
     if kind == "journal deleted":
         assert "is missing, and so is its second copy" in outcome
     elif kind == "original and copy deleted":
-        assert outcome.startswith("not mended") or "nothing says" in outcome
+        # Channel values can be measured again while the images are there.
+        assert outcome == "mended" or "second copy" in outcome
     elif kind == "newer format":
         assert outcome == "mended" or "has store format 3" in outcome
     else:

@@ -17,6 +17,8 @@ from PIL import Image
 from transformers import SiglipVisionModel
 
 import featcache
+from benchmarks.bench_verify import measure
+from benchmarks.synthetic import write_store
 from cli.console import run
 from cli.featcache import group
 from featcache import encoders, extract, layout, live, repair
@@ -281,6 +283,29 @@ def test_the_encoder_must_be_the_stores(
     assert data_files(options.out) == whole
 
 
+def test_lost_channel_values_are_measured_again(encoder_dir: Path, tmp_path: Path) -> None:
+    """To the same bytes, or not at all."""
+    write_images(tmp_path / "images", 6)
+    options = ExtractOptions(
+        model=str(encoder_dir), data=(tmp_path / "images",), out=tmp_path / "store.zarr",
+        codec="int8", shard_images=4, batch_size=2,
+    )  # fmt: skip
+    extract.extract(options)
+    whole = data_files(options.out)
+    for place in ("channels/-2", "journal/copy/channels/-2"):
+        shutil.rmtree(options.out / place)
+    image = (tmp_path / "images/0003.png").rename(tmp_path / "elsewhere.png")
+    report = repair.repair(options.out)
+    assert [problem.where for problem in report.problems] == [
+        "channels/-2", "journal/copy/channels/-2"
+    ]  # fmt: skip
+    assert "measured again, it comes out otherwise" in str(report.problems[0])
+    assert not (options.out / "channels/-2").exists()
+    image.rename(tmp_path / "images/0003.png")
+    assert repair.repair(options.out).ok
+    assert data_files(options.out) == whole
+
+
 def test_images_that_were_moved(options: ExtractOptions, tmp_path: Path) -> None:
     whole = data_files(options.out)
     moved = (tmp_path / "images").rename(tmp_path / "moved")
@@ -309,7 +334,6 @@ def test_a_stop_at_any_publication_of_a_repair(
     (options.out / "pooled/c/2/0").unlink()
     (options.out / "journal/copy/plan-00000001.npz").unlink()
     (options.out / "journal/copy/zarr.json").unlink()
-    spoil(options.out / "zarr.json", 1)
     (options.out / "index/00000001/checksums/zarr.json").unlink()
     with (options.out / "zarr.json").open("a") as file:
         file.write(" ")  # the values are whole, the bytes are not; the copy of it is gone
@@ -439,6 +463,13 @@ def test_tolerance_follows_noise_and_codec() -> None:
     bytes_ = live.tolerance(values, (values * 32).round() / 32, 1e-5)
     assert exact == pytest.approx(4e-5)
     assert exact < halves < bytes_ < live.tolerance(values, values, COMPUTE_NOISE["bfloat16"])
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store.zarr", 20, num_patches=16, width=32, shard_images=8)
+    rows = measure(store, rounds=1)
+    assert {row["x"] for row in rows} == {1, 2}
+    assert all(row["p50"] > 0 and row["ceiling"] > 0 for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------- cli
