@@ -4,15 +4,13 @@
     python benchmarks/bench_verify.py --quick     128 images
 
 Each round reads every data file once in blocks of 2 MB and verifies the store, in turn, with as
-many threads, from a warm page cache. Also the peak of resident memory that verifying added.
-Results: benchmarks/results/verify.jsonl.
+many threads, from a warm page cache. Results: benchmarks/results/verify.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -43,7 +41,6 @@ def measure(store: Path, rounds: int) -> list[dict]:
     paths = sorted(store.glob("features/*/c/*/0/0"))
     nbytes = sum(path.stat().st_size for path in paths)
     rates: dict[str, list[float]] = {}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(rounds + 1):
         for threads in (1, 2):
             start = time.perf_counter()
@@ -59,13 +56,11 @@ def measure(store: Path, rounds: int) -> list[dict]:
                 rates.setdefault(f"featcache verify, {threads} threads", []).append(
                     nbytes / (end - between) / 1e9
                 )
-    added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     config = {
         "bytes": nbytes,
         "files": len(paths),
         "codec": "fp16",
         "cache": "warm",
-        "added_peak_rss_mb": round(added / 1024, 1),
     }
     return [
         results.row(
