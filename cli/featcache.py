@@ -10,6 +10,7 @@ group = LazyGroup(
         "extract": ("cli.extract:extract", "Encode images once into a feature store."),
         "info": ("cli.info:info", "Shape, codec, encoder, rows, failures and bytes of a store."),
         "convert": ("cli.convert:convert", "Zarr to HDF5 and back, or another codec."),
+        "verify": ("cli.verify:verify", "Check a store byte by byte; mend it with --repair."),
         "failures": ("cli.failures:failures", "The images without features, and why."),
         "diff": ("cli.diff:diff", "What two stores have in common, and what not."),
         "gc": ("cli.gc:gc", "Free the features that no image means any more."),

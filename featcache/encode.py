@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -47,6 +47,14 @@ SHARDS_IN_MEMORY = 3
 """One being filled, one waiting, one being written."""
 BATCHES_AHEAD = 4
 """Batches decoded, or being decoded, ahead of the encoder."""
+NOT_IN_A_BATCH = (
+    Status.UNDECODABLE,
+    Status.TOO_LARGE,
+    Status.CHANGED,
+    Status.MISSING,
+    Status.UNREADABLE,
+)
+"""Of rows that gave the encoder no pixels: their batch was that much smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +156,35 @@ class ShardEncoder:
                 buffer = None
             self.seconds["write"] = self._writer.seconds
             yield done, failed
+
+    def again(self, plan: Plan, buffer: ShardBuffer, slots: Collection[int]) -> None:
+        """Encode these slots of a loaded shard once more, in the batches that they were encoded in,
+        and leave the others as they are. Nothing is written.
+
+        What cannot be encoded, or found, any more becomes a failed row.
+        """
+        fresh = ShardBuffer(buffer.spec)
+        fresh.clear(buffer.shard)
+        first_row = buffer.shard * plan.shard_images
+        digests = plan.digests_of(buffer.shard)
+
+        def load(slot: int) -> _Loaded:
+            row = buffer.rows[slot]
+            if row.status in NOT_IN_A_BATCH:
+                return _Loaded(None, row.size, Status(row.status), row.detail, 0.0)
+            return load_pixels(self._encoder, self._sources, first_row + slot, digests[slot])
+
+        for first in range(0, len(digests), plan.batch_size):
+            batch = range(first, min(first + plan.batch_size, len(digests)))
+            if not any(slot in slots for slot in batch):
+                continue
+            self._encode(first, list(self._pool.map(load, batch)), fresh)
+        for slot in slots:
+            row = fresh.rows[slot]
+            if row.status == Status.OK:
+                buffer.set(slot, *fresh.get(slot), row.size)
+            else:
+                buffer.fail(slot, Status(row.status), row.detail, row.size)
 
     def __enter__(self) -> Self:
         return self

@@ -291,7 +291,9 @@ def _describe(
         shard_images=options.shard_images or DEFAULT_SHARD_IMAGES,
         pooled=encoder.model.use_head,
     )
-    if (options.out / "zarr.json").exists():
+    # Wherever a store was begun: what says how its features were made may be lost.
+    begun = ("zarr.json", layout.copy_path("zarr.json"), layout.plan_path(1))
+    if any((options.out / path).exists() for path in begun):
         there = StoreInfo.load(options.out)
         require_same(
             {**there.fingerprint, "codec": there.codec},

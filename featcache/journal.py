@@ -205,9 +205,10 @@ class Commit:
     def load_record(cls, root: Path, shard: int) -> Commit | None:
         """The record as such, whatever became of the files it vouches for."""
         try:
-            return cls.parse((root / layout.commit_path(shard)).read_bytes())
+            commit = cls.parse((root / layout.commit_path(shard)).read_bytes())
         except (FileNotFoundError, ValueError):
             return None
+        return commit if commit.shard == shard else None  # else whole, and of another place
 
 
 @dataclass(slots=True)
@@ -265,7 +266,8 @@ def locked(root: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(
-                f"another process is writing {root}; wait for it, or stop it and run again"
+                f"another process is writing {root}, or verifying it; wait for it, or stop it and "
+                "run again"
             ) from None
         sweep(root)
         yield

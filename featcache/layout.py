@@ -126,6 +126,11 @@ class StoreInfo:
                 raise CorruptStoreError(
                     f"{root}/zarr.json is gone; `featcache verify {root} --repair` restores it"
                 ) from None
+            if (root / plan_path(1)).exists():
+                raise CorruptStoreError(
+                    f"{root}/zarr.json and its second copy are gone: nothing says how the features "
+                    "were made; extract into another store"
+                ) from None
             hint = "it has no zarr.json" if root.exists() else "no such directory"
             raise StoreError(
                 f"{root} is not a feature store ({hint}); make one with `featcache extract`"

@@ -1,0 +1,181 @@
+"""Stored features against a live encoding of the same images.
+
+A store may be whole and still hold something else than its fingerprint says: a bug in an encoder,
+another Pillow, a patched checkpoint. Encoding a few images again shows it.
+
+Letters: P patches, D encoder width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache import layout
+from featcache.codecs import LayerCodec
+from featcache.encode import load_pixels
+from featcache.errors import CorruptStoreError
+from featcache.fingerprint import fingerprint, require_same
+from featcache.journal import Journal
+from featcache.layout import Status
+from featcache.repair import encoder_of, sources_of
+from featcache.store import Store
+from featcache.verify import key_of
+
+COMPUTE_NOISE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Relative L2 error between two correct passes: other batch, other threads, other kernels."""
+MARGIN = 4.0
+"""Allowed over what `tolerance` derives."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveReport:
+    """asked: images drawn; compared: of them encoded again. not_compared: a line for each other.
+    worst: {layer or "pooled": the largest relative L2 error of an image}. tolerance: the smallest
+    that applied to it. wrong: a line for each output of an image that is beyond its own.
+    """
+
+    asked: int
+    compared: int
+    not_compared: tuple[str, ...]
+    worst: dict[str, float]
+    tolerance: dict[str, float]
+    wrong: tuple[str, ...]
+
+
+def tolerance(live: Tensor, decoded: Tensor, noise: float) -> float:
+    """The largest relative L2 error that two correct passes over one image can show once stored.
+
+    live: float[..., D], what the encoder gave. decoded: the same after the codec. noise: relative
+    L2 error of the compute before the codec (`COMPUTE_NOISE`).
+
+    Rounding to steps of size s has an error of s / sqrt(12), so s = sqrt(12) * |decoded - live|,
+    relative to |live| like all that follows. A value that noise n moves ends on another code with
+    probability n / s and is then wrong by s, which makes sqrt(n / s) * s = sqrt(n * s) in L2; to
+    that comes the noise in the scales, n. So
+
+        tolerance = MARGIN * (n + sqrt(n * s))
+
+    whatever the codec. Largest error measured over two encoders in fp32 on a CPU (batches of 1
+    against 16), and the smallest tolerance there: fp16 6.6e-5 of 3.6e-4, bf16 6.1e-6 of 9.4e-4,
+    int8 1.6e-7 of 1.4e-3, fp8 1.6e-7 of 3.1e-3, int4 1.2e-7 of 5.8e-3.
+    """
+    norm = float(live.norm())
+    step = math.sqrt(12) * float((decoded - live).norm()) / norm if norm else 0.0
+    return MARGIN * (noise + math.sqrt(noise * step))
+
+
+def compare_live(
+    root: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    model: str | None = None,
+    images: Path | None = None,
+    device: str | None = None,
+    workers: int = 2,
+) -> LiveReport:
+    """Encode `count` random images of the store again (all where it has fewer) and compare.
+
+    device: to compute on; that of the store where None.
+    Raises FeatcacheError where the store cannot be opened or the encoder not loaded, and
+    FingerprintMismatch where it is another one than the store names.
+    """
+    store = Store(root)
+    plans = Journal.load(root, store.info.generation).plans
+    encoder = encoder_of(store.info, model, device)
+    stated, ours = store.info.fingerprint, fingerprint(encoder)
+    require_same(
+        {**stated, "compute": None},  # another device gives the same but for noise
+        {**ours, "compute": None},
+        left_name=str(root),
+        right_name="the encoder as it is here",
+        cure="name the right one with --model",
+    )
+    noise = max(_noise(stated.get("compute", {})), _noise(ours["compute"]))
+    rows = np.flatnonzero(store.index.status == Status.OK)
+    chance = np.random.default_rng(seed)
+    rows = np.sort(chance.choice(rows, min(count, len(rows)), replace=False))
+    sources = sources_of(store.info, plans, images)
+    codecs: dict[str, LayerCodec] = {name: store.layer_codec(name) for name in store.layers}
+    not_compared: list[str] = []
+    wrong: list[str] = []
+    worst: dict[str, float] = {}
+    allowed: dict[str, float] = {}
+    compared = 0
+    for row in rows.tolist():
+        where = f"row {row} ({key_of(plans, row)})"
+        loaded = load_pixels(encoder, sources, row, store.index.digests[row].tobytes())
+        if loaded.pixels is None:
+            not_compared.append(f"{where}: {loaded.status.reason}: {loaded.detail}")
+            continue
+        try:
+            kept = _stored(store, row)
+        except CorruptStoreError as error:
+            not_compared.append(f"{where}: {error}")
+            continue
+        encoded = encoder.encode(torch.from_numpy(loaded.pixels[None]))
+        compared += 1
+        for name, stored in kept.items():
+            if name == "pooled":
+                assert encoded.pooled is not None
+                live = encoded.pooled.float().cpu()
+                again = live.to(store.codec.pooled_dtype).float()
+            else:
+                live = encoded.features[name].float().cpu()
+                again = codecs[name].encode(live)[0].decode(torch.float32)
+            norm = float(again.norm())
+            distance = float((stored - again).norm())
+            relative = distance / norm if norm else distance
+            bound = tolerance(live, again, noise)
+            allowed[name] = min(allowed.get(name, bound), bound)
+            worst[name] = max(worst.get(name, 0.0), relative)
+            if not relative <= bound:
+                output = "pooled output" if name == "pooled" else f"layer {name}"
+                wrong.append(
+                    f"{where}: {output}: relative error {relative:.2g} against a live encoding, "
+                    f"at most {bound:.2g} is allowed"
+                )
+    return LiveReport(
+        asked=len(rows),
+        compared=compared,
+        not_compared=tuple(not_compared),
+        worst=worst,
+        tolerance=allowed,
+        wrong=tuple(wrong),
+    )
+
+
+def _noise(compute: Mapping[str, Any]) -> float:
+    """Of what a fingerprint says of the compute."""
+    dtype = str(compute.get("dtype"))
+    # fp32 that is multiplied as bf16 or tf32 has their noise.
+    exact = compute.get("fp32_matmul") in (None, "ieee")
+    return COMPUTE_NOISE.get(dtype, COMPUTE_NOISE["bfloat16"]) if exact else 2e-2
+
+
+def _stored(store: Store, row: int) -> dict[str, Tensor]:
+    """{layer: float32[1, P, D], "pooled": float32[1, D]} of a row. Raises CorruptStoreError."""
+    found = {}
+    for name in store.layers:
+        with store.reader(name, threads=1, depth=1) as reader:
+            found[name] = reader.read(np.array([row]), torch.float32)
+    if store.info.pooled:
+        shard, slot = divmod(row, store.info.shard_images)
+        path, dtype = store.path / layout.pooled_path(shard), store.codec.pooled_dtype
+        nbytes = store.width * dtype.itemsize
+        try:
+            raw = np.fromfile(path, np.uint8, nbytes, offset=slot * nbytes)
+        except OSError as error:
+            raise CorruptStoreError(f"{path}: {error.strerror}") from None
+        if len(raw) < nbytes:
+            raise CorruptStoreError(f"{path} is truncated")
+        found["pooled"] = torch.from_numpy(raw).view(dtype).float()[None]
+    return found

@@ -1,0 +1,289 @@
+"""Mending what `verify` finds: copies restored, derived files and bad rows made again.
+
+A good row never changes: a shard is written from its own bytes, and only the rows that are not what
+was written are encoded once more, in the batches that their plan gave them. Every file is
+published whole, and what a stopped repair has not done the next one finds and does.
+
+RAM: two buffers of a shard, and what `verify` takes.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from featcache import layout
+from featcache.codecs import get_codec
+from featcache.encode import ShardEncoder, Sources, calibrate
+from featcache.encoders import RANDOM_REVISION, Encoder, load_encoder
+from featcache.errors import CorruptStoreError, FeatcacheError, StoreError
+from featcache.files import publish
+from featcache.fingerprint import fingerprint, require_same
+from featcache.index import Index, compile_index, remove_old
+from featcache.journal import Commit, Journal, Plan, RowRecord, locked, merge, num_rows
+from featcache.layout import Status, StoreInfo, array_checksum, write_array
+from featcache.planning import RETRIED
+from featcache.store import shard_spec
+from featcache.verify import (
+    RECOMPILE,
+    Inspection,
+    OnProgress,
+    VerifyProgress,
+    VerifyReport,
+    blank_spec,
+    inspect,
+    key_of,
+    require_store,
+)
+from featcache.writer import ShardBuffer, write_error
+
+
+def repair(
+    root: Path,
+    *,
+    workers: int = 2,
+    model: str | None = None,
+    images: Path | None = None,
+    on_progress: OnProgress = lambda _: None,
+) -> VerifyReport:
+    """Verify the store at `root` and mend what can be mended.
+
+    model: the store's encoder by another name or folder; it must be the same one. images: where
+    the images lie now, if elsewhere than at the latest extraction. The encoder is loaded only where
+    a row must be encoded.
+
+    Raises StoreError as `verify`, and where the store cannot be written.
+    """
+    start = time.monotonic()
+    require_store(root)
+    try:
+        with locked(root):
+            report = _repair(root, workers, model, images, on_progress)
+    except OSError as error:
+        raise write_error(root, error) from error
+    return replace(report, seconds=time.monotonic() - start)
+
+
+def _repair(
+    root: Path, workers: int, model: str | None, images: Path | None, on_progress: OnProgress
+) -> VerifyReport:
+    found = inspect(root, workers, on_progress)
+    info = found.info
+    if info is None or not found.problems:
+        if info is not None and info.index and (root / "index").is_dir():
+            remove_old(root, info)
+        return found.report(0.0)
+    # The description comes first: with it a stopped repair goes on.
+    for path, content in found.contents.items():
+        publish(root / path, [content])
+    reasons: dict[int | str | None, str] = {}
+    notes: list[str] = []
+    if found.plans_whole:
+        # Before any commit record is replaced: from here on the index can stand in for one.
+        _compile(found, info)
+        with _ShardRepair(found, info, workers, model, images) as work:
+            if found.channels:
+                try:
+                    work.measure(list(found.channels))
+                except FeatcacheError as error:
+                    for layer in found.channels:
+                        path = layout.channels_path(layer)
+                        reasons[path] = reasons[layout.copy_path(path)] = str(error)
+            for done, (shard, plan) in enumerate(sorted(found.shards.items())):
+                on_progress(VerifyProgress("repair", done, len(found.shards)))
+                try:
+                    notes += work.mend(plan, shard)
+                except FeatcacheError as error:
+                    if isinstance(error.__cause__, OSError):
+                        raise
+                    reasons[shard] = str(error)
+            on_progress(VerifyProgress("repair", len(found.shards), len(found.shards)))
+    after = inspect(root, workers, only=frozenset(found.shards))
+    if after.index_known and any(problem.cure == RECOMPILE for problem in after.problems):
+        _compile(after, info)
+        after = inspect(root, workers, only=frozenset(found.shards))
+    left = []
+    for problem in after.problems:
+        why = reasons.get(problem.shard) or reasons.get(problem.where)
+        what = f"{problem.what}; it cannot be mended: {why}" if why else problem.what
+        left.append(replace(problem, what=what))
+    still = {problem.where for problem in left}
+    report = found.report(0.0)
+    return replace(
+        report,
+        problems=tuple(left),
+        mended=tuple(problem for problem in found.problems if problem.where not in still),
+        notes=(*notes, *after.notes),
+        images=after.images,
+    )
+
+
+def _compile(found: Inspection, info: StoreInfo) -> None:
+    """The index anew, where the journal can tell it and it is wrong."""
+    if found.index_known and any(problem.cure == RECOMPILE for problem in found.problems):
+        plans = found.finished
+        compile_index(found.root, info, Journal(plans, found.status[: num_rows(plans)], []))
+
+
+class _ShardRepair:
+    """Writes damaged shards again. Use as a context manager."""
+
+    def __init__(
+        self,
+        found: Inspection,
+        info: StoreInfo,
+        workers: int,
+        model: str | None,
+        images: Path | None,
+    ) -> None:
+        self._root, self._info, self._plans = found.root, info, found.plans
+        self._workers, self._model, self._images = workers, model, images
+        self._buffer: ShardBuffer | None = None
+        self._encoder: Encoder | FeatcacheError | None = None
+        self._work: ShardEncoder | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def mend(self, plan: Plan, shard: int) -> list[str]:
+        """Write a shard again. Returns a line for each row that has lost its features for good.
+
+        Raises FeatcacheError where that cannot be done; the shard then stays as it is.
+        """
+        rows = self._records(plan, shard)
+        if self._buffer is None:
+            self._buffer = ShardBuffer(blank_spec(self._info))
+        buffer = self._buffer
+        planned = len(plan.digests_of(shard))
+        if rows is None:
+            # Nothing proves what is there: all of it is encoded again, or it stays as it is.
+            buffer.clear(shard)
+            self._ready().again(plan, buffer, range(planned))
+            lost = [slot for slot in range(planned) if buffer.rows[slot].status in RETRIED]
+            if lost:
+                row = buffer.rows[lost[0]]
+                raise StoreError(
+                    "its commit record is lost, so that nothing proves its rows, and "
+                    f"{len(lost)} of its images cannot be found to encode them again (first: "
+                    f"{Status(row.status).reason}: {row.detail})"
+                )
+            buffer.publish(self._root)
+            return []
+        bad = buffer.load(self._root, shard, rows)
+        if bad:
+            self._ready().again(plan, buffer, bad)
+        buffer.publish(self._root)
+        first = shard * plan.shard_images
+        return [
+            f"row {first + slot} ({key_of(self._plans, first + slot)}) was damaged and has no "
+            f"features any more: {Status(buffer.rows[slot].status).reason}: "
+            f"{buffer.rows[slot].detail}"
+            for slot in bad
+            if buffer.rows[slot].status != Status.OK
+        ]
+
+    def _records(self, plan: Plan, shard: int) -> list[RowRecord] | None:
+        """What was written of each slot: by the commit record, else by the index."""
+        commit = Commit.load_record(self._root, shard)
+        if commit is not None:
+            return commit.rows
+        if self._info.index is None or plan.generation > self._info.generation:
+            return None
+        try:
+            index = Index.load(self._root, self._info)
+        except CorruptStoreError:
+            return None
+        row_of_key = merge(self._plans).rows
+        details = {row_of_key.get(key, -1): why.detail for key, why in index.failures.items()}
+        rows = [RowRecord() for _ in range(self._info.shard_images)]
+        first = shard * plan.shard_images
+        for slot in range(len(plan.digests_of(shard))):
+            row = first + slot
+            status = int(index.status[row])
+            width, height = index.sizes[row].tolist()
+            rows[slot] = RowRecord(status, details.get(row, ""), (width, height))
+            if status == Status.OK:
+                rows[slot].checksums = {name: int(of[row]) for name, of in index.checksums.items()}
+        return rows
+
+    def measure(self, layers: list[str]) -> None:
+        """Measure the channel values of these layers again and write them, twice.
+
+        Raises FeatcacheError where they come out as others than they were, as they do where one of
+        the images that they were measured on is not there any more.
+        """
+        plan = next(plan for plan in self._plans if plan.new_digests)
+        codec, sources = get_codec(self._info.codec), self._sources()
+        measured = calibrate(self._load(), codec, plan, sources, self._workers)
+        for layer in layers:
+            values, path = measured[layer].numpy(), layout.channels_path(layer)
+            if array_checksum(values) != self._info.checksums[path]:
+                raise StoreError(
+                    "measured again, it comes out otherwise; one of the first images is gone, or "
+                    "this machine rounds differently"
+                )
+            for place in (layout.copy_path(path), path):
+                write_array(self._root / place, values)
+
+    def _load(self) -> Encoder:
+        """The store's encoder, loaded when it is first needed. Raises FeatcacheError."""
+        if self._encoder is None:
+            try:
+                encoder = encoder_of(self._info, self._model)
+                require_same(
+                    self._info.fingerprint,
+                    fingerprint(encoder),
+                    left_name=str(self._root),
+                    right_name="the encoder as it is here",
+                    cure="name the right one with --model",
+                )
+                self._encoder = encoder
+            except FeatcacheError as error:
+                self._encoder = error
+        if isinstance(self._encoder, FeatcacheError):
+            raise self._encoder
+        return self._encoder
+
+    def _sources(self) -> Sources:
+        return sources_of(self._info, self._plans, self._images)
+
+    def _ready(self) -> ShardEncoder:
+        """What encodes rows. Raises FeatcacheError."""
+        if self._work is None:
+            encoder, spec = self._load(), shard_spec(self._root, self._info)
+            work = ShardEncoder(self._root, encoder, spec, self._sources(), self._workers)
+            self._work = self._stack.enter_context(work)
+        return self._work
+
+
+def encoder_of(info: StoreInfo, model: str | None, device: str | None = None) -> Encoder:
+    """The encoder that a store's fingerprint names, or `model`, on the same kind of device.
+
+    Raises FeatcacheError where it cannot be loaded.
+    """
+    made = info.fingerprint.get("encoder", {})
+    return load_encoder(
+        model or str(made.get("name")),
+        layers=info.layers,
+        device=device or info.fingerprint.get("compute", {}).get("device", "cpu"),
+        random_weights=made.get("revision") == RANDOM_REVISION,
+    )
+
+
+def sources_of(info: StoreInfo, plans: list[Plan], images: Path | None) -> Sources:
+    """Where a store's images may lie."""
+    root = images or Path(info.source.get("images", plans[-1].image_root))
+    return Sources(plans, root.absolute())
