@@ -26,7 +26,8 @@ from tests.support import write_captions
 from tests.support_images import FEATURES, write_zoo
 
 OUR_LINES = re.compile(
-    r"(loading |scan: |encode: |skipped \d|\S+\.zarr: \d+ of \d+ images have features "
+    r"(loading |scan: |encode: |skipped \d|\d+ images to encode: "
+    r"|\S+\.zarr: \d+ of \d+ images have features "
     r"|without features: |error: more images failed than allowed; |\d+ images without features)"
 )
 """What `featcache extract` may print on stderr."""
