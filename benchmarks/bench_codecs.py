@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_codecs.py              all of it, a minute
     OMP_NUM_THREADS=1 python benchmarks/bench_codecs.py --quick      smaller, fewer rounds
+    python benchmarks/bench_codecs.py --device cuda                  the speeds only, on a GPU
 
 Errors are of images that the channels were not calibrated on. "synthetic": 729 x 1152, low rank and
 heavy tails, channels of unequal spread, six outlier channels of which three are massive and nearly
@@ -10,7 +11,7 @@ constant. "shapes": 64 x 96, layer -2 of the shipped tiny encoder on the demo's 
 Speeds are GB/s of the same features in fp16, one thread, on synthetic activations; every round runs
 all codecs in turn. The ceiling is memcpy of these fp16 bytes, in the same round. Outputs are below
 32 MB, which glibc's malloc recycles; above, fresh pages bound them to 1 GB/s here.
-Results: benchmarks/results/codecs.jsonl.
+Results: benchmarks/results/codecs.jsonl, codecs-cuda.jsonl.
 """
 
 from __future__ import annotations
@@ -109,9 +110,11 @@ def quality(data: Data) -> list[dict[str, Any]]:
     return rows
 
 
-def speed(x: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """x: float32[B, P, D]. One thread."""
+def speed(x: Tensor, rounds: int, device: str = "cpu") -> list[dict[str, Any]]:
+    """x: float32[B, P, D]. One thread; on a GPU until its work is done."""
     torch.set_num_threads(1)
+    x = x.to(device)
+    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
     half, copy = x.half(), torch.empty_like(x, dtype=torch.float16)
     runs: dict[tuple[str, str, str], Callable[[], object]] = {
         ("memcpy", "copy", "float16"): lambda: copy.copy_(half)
@@ -133,13 +136,16 @@ def speed(x: Tensor, rounds: int) -> list[dict[str, Any]]:
     seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in runs}
     for number in range(rounds + 1):
         for key, run in runs.items():
+            wait()
             start = time.perf_counter()
             run()
+            wait()
             if number:  # the first warms caches and memory
                 seconds[key].append(time.perf_counter() - start)
     gigabytes = half.nbytes / 1e9
     ceiling = gigabytes / float(np.median(seconds["memcpy", "copy", "float16"]))
-    config = {"shape": list(x.shape), "threads": 1}
+    name = torch.cuda.get_device_name() if x.is_cuda else "cpu, 1 thread"
+    config = {"shape": list(x.shape), "device": name}
     return [
         results.row(
             provider,
@@ -336,8 +342,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="less data, fewer rounds")
     parser.add_argument("--no-save", action="store_true", help="leave results/codecs.jsonl alone")
+    parser.add_argument("--device", default="cpu", help="cuda: speeds on the GPU")
     arguments = parser.parse_args()
     rounds = 3 if arguments.quick else 15
+    if arguments.device != "cpu":
+        rows = speed(synthetic(32, seed=2), rounds, arguments.device)
+        print(table(rows, ["copy", "encode", "decode"]), file=sys.stderr)
+        if not arguments.no_save:
+            results.write("codecs-cuda", rows)
+        print(json.dumps({"results": rows}))
+        return
     data = load(arguments.quick)
     parts = [quality(data), speed(synthetic(8, seed=2), rounds), entropy(data, rounds)]
     parts += [channel_choices(data), ablation(data)]
