@@ -31,12 +31,12 @@ import torch
 import xxhash
 
 from featcache import layout
-from featcache.codecs import LayerCodec, get_codec
+from featcache.codecs import get_codec
 from featcache.errors import CorruptStoreError, StoreError
 from featcache.extract import metadata
 from featcache.files import PARTIAL, Seal, read_json, render_json, with_checksum
 from featcache.index import build_arrays
-from featcache.journal import Commit, Journal, Plan, num_rows
+from featcache.journal import Commit, Journal, Plan, key_of, num_rows
 from featcache.layout import (
     FORMAT_VERSION,
     Status,
@@ -48,6 +48,7 @@ from featcache.layout import (
     read_array,
     render_array,
 )
+from featcache.store import blank_spec
 from featcache.writer import ShardSpec
 
 BLOCK_BYTES = 1 << 21
@@ -354,9 +355,7 @@ def _check_channels(found: Inspection, info: StoreInfo) -> None:
         return
     for layer in info.layers:
         name = layout.channels_path(layer)
-        if name not in info.checksums:
-            if info.index:
-                found.add("zarr.json", f"has no checksum for {name}")
+        if name not in info.checksums:  # no image has been encoded
             continue
         damage: dict[str, str] = {}
         good = None
@@ -429,14 +428,6 @@ def _check_shards(
             here = status[shard * plan.shard_images : plan.end_row][: plan.shard_images]
             here[:] = result.status[: len(here)]
     found.images = int((status == Status.OK).sum())
-
-
-def blank_spec(info: StoreInfo) -> ShardSpec:
-    """What the store's shards are made of, but for the channel values: enough to look at bytes."""
-    codec = get_codec(info.codec)
-    layers = {name: LayerCodec(codec, info.num_patches, info.width) for name in info.layers}
-    pooled = codec.pooled_dtype if info.pooled else None
-    return ShardSpec(info.shard_images, layers, pooled, info.width)
 
 
 @dataclass(slots=True)
@@ -652,15 +643,6 @@ def _differs(seal: Seal | None, nbytes: int, checksum: xxhash.xxh3_64) -> str:
     if checksum.hexdigest() != seal.xxh3_64:
         return "is not what was written (its checksum differs)"
     return ""
-
-
-def key_of(plans: Sequence[Plan], row: int) -> str:
-    """An image key of a row, the latest that it was given; for messages."""
-    for plan in reversed(plans):
-        places = np.flatnonzero(plan.rows == row)
-        if len(places):
-            return plan.keys[places[0]]
-    return "no key"
 
 
 # ------------------------------------------------------------------------------ index and leftovers
