@@ -118,9 +118,9 @@ def convert(
     start = time.monotonic()
     store = Store(source)
     to_hdf5 = out.suffix in HDF5_SUFFIXES
-    _require_free(store, out, to_hdf5, force)
-    work = _Conversion(store, get_codec(codec or store.info.codec), out, on_progress)
     try:
+        _require_free(store, out, to_hdf5, force)
+        work = _Conversion(store, get_codec(codec or store.info.codec), on_progress)
         # Where a symbolic link leads, not in its place.
         (_to_hdf5 if to_hdf5 else _to_zarr)(work, out.resolve())
     except OSError as error:
@@ -176,7 +176,7 @@ class _Conversion:
     info: of the result; its index is entered at the end. status: uint8[rows] of the result.
     """
 
-    def __init__(self, store: Store, codec: Codec, out: Path, on_progress: OnProgress) -> None:
+    def __init__(self, store: Store, codec: Codec, on_progress: OnProgress) -> None:
         """Raises StoreError, CorruptStoreError."""
         self.store, self.codec, self._on_progress = store, codec, on_progress
         self.same = codec.name == store.info.codec

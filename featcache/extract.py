@@ -293,6 +293,8 @@ def _require_ours(out: Path) -> None:
         return
     if not out.is_dir():
         raise StoreError(f"{out} is a file; choose another --out")
+    if (out / "zarr.json").exists() and not (out / "journal").exists():
+        StoreInfo.load(out)  # another Zarr group, perhaps: no lock is put into it
     ours = (out / "zarr.json").exists() or (out / "journal" / "lock").exists()
     if not ours and any(out.iterdir()):
         raise StoreError(f"{out} exists and is no feature store; choose another --out or remove it")

@@ -165,9 +165,12 @@ def codecs_before(source: dict[str, Any]) -> list[str]:
 
 
 def form_of(path: Path) -> StoreForm:
-    """By content. Raises StoreError for a file that is no HDF5."""
-    if not path.is_file():
-        return ZarrForm(path)
+    """By content. Raises StoreError for a file that is no HDF5 and a path that cannot be."""
+    try:
+        if not path.is_file():
+            return ZarrForm(path)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
     # h5py takes a third of a second to import.
     from featcache.hdf5 import Hdf5Form, is_hdf5
 

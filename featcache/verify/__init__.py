@@ -24,6 +24,7 @@ from featcache.extract import metadata
 from featcache.files import render_json
 from featcache.journal import num_rows
 from featcache.layout import StoreInfo, copy_path, group_metadata
+from featcache.store import form_of
 from featcache.verify.files import check_channels, check_content, check_plans, check_root
 from featcache.verify.index import check_index, note_leftovers
 from featcache.verify.report import (
@@ -66,9 +67,13 @@ def verify(
 
 def require_store(root: Path) -> None:
     """Raises StoreError where `root` is not a store's folder, be it a damaged one."""
-    if root.is_file():
-        raise StoreError(f"{root} is a file; `featcache verify` checks stores in folders")
-    if not (root / copy_path("zarr.json")).exists() and not (root / "zarr.json").exists():
+    if form_of(root).path.is_file():
+        raise StoreError(
+            f"{root} is a file; `featcache verify` checks stores in folders, `featcache convert` "
+            "to one checks every row"
+        )
+    begun = (root / "journal").exists() and (root / "zarr.json").exists()
+    if not begun and not (root / copy_path("zarr.json")).exists():
         StoreInfo.load(root)
 
 

@@ -293,3 +293,22 @@ def test_a_description_with_nan_is_a_damaged_one(options: ExtractOptions) -> Non
     with pytest.raises(StoreError, match="name too long"):
         StoreInfo.load(options.out.with_name("x" * 300))
     assert layout.FORMAT_VERSION == 2
+
+
+def test_a_foreign_zarr_group_is_left_as_it_is(options: ExtractOptions) -> None:
+    options.out.mkdir()
+    (options.out / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    with pytest.raises(StoreError, match="does not describe a feature store"):
+        extract(options)
+    with pytest.raises(StoreError, match="does not describe a feature store"):
+        repair(options.out)
+    assert [path.name for path in options.out.rglob("*")] == ["zarr.json"]
+
+
+@pytest.mark.parametrize("command", ["info", "failures", "verify", "gc", "convert", "diff"])
+def test_a_path_that_cannot_be(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = [str(tmp_path / "other")] if command in ("convert", "diff") else []
+    assert run(group, [command, "x" * 300, *other, "--json"]) == 1
+    assert "name too long" in json.loads(capsys.readouterr().out)["error"]
