@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -15,6 +14,7 @@ from cli import console
 def info(store: Path) -> console.Document:
     """Shape, codec, encoder, rows, failures and bytes of STORE, also of an unfinished one."""
     from featcache.fingerprint import flatten
+    from featcache.store import codecs_before
     from featcache.summary import summarize
 
     found = summarize(store)
@@ -81,12 +81,3 @@ def info(store: Path) -> console.Document:
         lines["converted from"] = ", ".join(lineage)
     console.fields(lines)
     return document
-
-
-def codecs_before(source: dict[str, Any]) -> list[str]:
-    """The codecs whose rounding a converted store's features carry, the latest first."""
-    found = []
-    while made_of := source.get("converted_from"):
-        found.append(made_of["codec"])
-        source = made_of
-    return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli import console
+from featcache.errors import FeatcacheError
 
 if TYPE_CHECKING:
     from featcache.live import LiveReport
@@ -60,9 +61,14 @@ def verify(
     if live:
         from featcache.live import compare_live
 
-        outcome = compare_live(
-            store, live, seed=seed, model=model, images=images, device=device, workers=workers
-        )
+        try:
+            outcome = compare_live(
+                store, live, seed=seed, model=model, images=images, device=device
+            )
+        except FeatcacheError as error:
+            console.fail(str(error))
+            document["live"] = {"error": str(error)}
+            return console.Result(document, error.exit_code)
         compared = _show_live(outcome)
         document["live"] = asdict(outcome)
     return console.Result(document, 0 if report.ok and compared else 1)

@@ -19,6 +19,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -117,10 +118,11 @@ def convert(
     start = time.monotonic()
     store = Store(source)
     to_hdf5 = out.suffix in HDF5_SUFFIXES
-    _require_free(store, out, to_hdf5, force)
-    work = _Conversion(store, get_codec(codec or store.info.codec), out, on_progress)
     try:
-        (_to_hdf5 if to_hdf5 else _to_zarr)(work, out)
+        _require_free(store, out, to_hdf5, force)
+        work = _Conversion(store, get_codec(codec or store.info.codec), on_progress)
+        # Where a symbolic link leads, not in its place.
+        (_to_hdf5 if to_hdf5 else _to_zarr)(work, out.resolve())
     except OSError as error:
         raise _write_error(out, error, to_hdf5) from error
     lost = work.status[(store.index.status == Status.OK) & (work.status != Status.OK)]
@@ -174,7 +176,7 @@ class _Conversion:
     info: of the result; its index is entered at the end. status: uint8[rows] of the result.
     """
 
-    def __init__(self, store: Store, codec: Codec, out: Path, on_progress: OnProgress) -> None:
+    def __init__(self, store: Store, codec: Codec, on_progress: OnProgress) -> None:
         """Raises StoreError, CorruptStoreError."""
         self.store, self.codec, self._on_progress = store, codec, on_progress
         self.same = codec.name == store.info.codec
@@ -268,7 +270,8 @@ class _Conversion:
             is_ok = record.status == Status.OK
             if index.status[row] != record.status or (is_ok and sums != record.checksums):
                 raise StoreError(
-                    f"{self.store.path} was changed while it was read; run the same command again"
+                    f"{self.store.path} was changed while it was read, or what changed it was "
+                    "stopped; let that finish, then run the same command again"
                 )
 
     def note(self, commit: Commit, planned: int, *, resumed: bool = False) -> None:
@@ -419,7 +422,12 @@ def _to_hdf5(work: _Conversion, out: Path) -> None:
 def _to_zarr(work: _Conversion, out: Path) -> None:
     """Raises StoreError, CorruptStoreError, OSError."""
     partial_out = out.with_name(f"{PARTIAL}{out.name}")
-    token = {"source": work.store.info.attributes()["checksum"], "codec": work.codec.name}
+    channels = {layer: layout.array_checksum(v.numpy()) for layer, v in work.channels.items()}
+    token = {
+        "source": work.store.info.attributes()["checksum"],
+        "codec": work.codec.name,
+        "channels": channels,  # measured anew by each run
+    }
     with locked(partial_out):
         if _read_token(partial_out) != token:
             _empty(partial_out)
@@ -434,8 +442,8 @@ def _to_zarr(work: _Conversion, out: Path) -> None:
             for place in (path, layout.copy_path(path)):
                 publish(partial_out / place, [raw])
         prepare_store(partial_out, info, work.codec, work.plans, None)
-        for layer, channels in work.channels.items():
-            write_channels(partial_out, info, layer, channels)
+        for layer, values in work.channels.items():
+            write_channels(partial_out, info, layer, values)
         for shard, _ in work.shards():
             commit = Commit.load(partial_out, shard)
             found = commit is not None
@@ -474,20 +482,22 @@ def _empty(root: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
 
 
 def _put_in_place(made: Path, out: Path) -> None:
-    """Rename; a store that is there goes aside first, and then away. Raises OSError."""
+    """Rename; a store that is there goes aside first, and then away. Raises OSError, and StoreError
+    where another process is writing that."""
     old = out.with_name(f"{PARTIAL}old-{out.name}")
     if old.exists():
         shutil.rmtree(old)
-    if out.exists():
-        out.replace(old)
-    made.replace(out)
-    sync(out.parent)
+    with locked(out) if out.exists() else nullcontext():
+        if out.exists():
+            out.replace(old)
+        made.replace(out)
+        sync(out.parent)
     if old.exists():
         shutil.rmtree(old)

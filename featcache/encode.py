@@ -225,9 +225,16 @@ class ShardEncoder:
     def _encode(self, first: int, loaded: Sequence[_Loaded], buffer: ShardBuffer) -> int:
         """Encode one batch into the buffer; returns how many of its images have no features."""
         good: list[int] = []
+        uncalibrated = any(
+            each.codec.scaled and each.channels is None for each in self._layers.values()
+        )
         for i, image in enumerate(loaded):
             if image.pixels is None:
                 buffer.fail(first + i, image.status, image.detail, image.size)
+            elif uncalibrated:
+                # No image could be read when the codec was calibrated; now this one can.
+                detail = "could not be read a moment ago; extract again"
+                buffer.fail(first + i, Status.CHANGED, detail, image.size)
             else:
                 good.append(i)
         if not good:
@@ -351,38 +358,47 @@ class _ShardWriter:
 def calibration_order(count: int) -> list[int]:
     """All of a plan's `count` images, in the order in which codecs are calibrated on them: first
     `CALIBRATION_IMAGES` spread evenly, then the others in the place of those without features."""
+    if not count:
+        return []
     spread = np.linspace(0, count - 1, min(count, CALIBRATION_IMAGES)).round().astype(int).tolist()
     return [*dict.fromkeys(spread), *sorted({*range(count)} - {*spread})]
 
 
 def calibrate(
-    encoder: Encoder, codec: Codec, plan: Plan, sources: Sources, workers: int
+    encoder: Encoder, codec: Codec, plans: Sequence[Plan], sources: Sources, workers: int
 ) -> dict[str, Tensor]:
-    """{layer: float32[2, D] on the CPU}: a scaled codec's static channel values, measured on
-    `CALIBRATION_IMAGES` images spread evenly over the plan's (those after them where some fail).
+    """{layer: float32[2, D] on the CPU}: a scaled codec's static channel values.
+
+    Measured on `CALIBRATION_IMAGES` images spread evenly over those of the first plan that has any
+    which can be read (those after them where some fail). Empty where no plan has, or for a codec
+    without channel values.
     """
     Image.init()
+    for plan in plans:
+        taken: dict[str, list[Tensor]] = {layer: [] for layer in encoder.layers}
+        source = islice(_pixels(encoder, plan, sources, workers), CALIBRATION_IMAGES)
+        while batch := list(islice(source, plan.batch_size)):
+            features = encoder.encode(torch.from_numpy(np.stack(batch))).features
+            for layer, values in features.items():
+                taken[layer].append(values.float().cpu())
+        if all(taken.values()):
+            measured = {
+                layer: codec.calibrate(torch.cat(values)) for layer, values in taken.items()
+            }
+            return {layer: values for layer, values in measured.items() if values is not None}
+    return {}
+
+
+def _pixels(
+    encoder: Encoder, plan: Plan, sources: Sources, workers: int
+) -> Iterator[np.ndarray[Any, Any]]:
+    """Of a plan's images that can be read, in `calibration_order`."""
     count = len(plan.new_digests)
     order = calibration_order(count)
-
-    def pixels() -> Iterator[np.ndarray[Any, Any]]:
-        with ThreadPoolExecutor(workers, thread_name_prefix="featcache-decode") as pool:
-            for start in range(0, count, CALIBRATION_IMAGES):
-                part = order[start : start + CALIBRATION_IMAGES]
-                rows = [plan.first_row + i for i in part]
-                expected = [plan.new_digests[i] for i in part]
-                images = pool.map(load_pixels, repeat(encoder), repeat(sources), rows, expected)
-                yield from (image.pixels for image in images if image.pixels is not None)
-
-    taken: dict[str, list[Tensor]] = {layer: [] for layer in encoder.layers}
-    source = islice(pixels(), CALIBRATION_IMAGES)
-    while batch := list(islice(source, plan.batch_size)):
-        features = encoder.encode(torch.from_numpy(np.stack(batch))).features
-        for layer, values in features.items():
-            taken[layer].append(values.float().cpu())
-    shape = (0, encoder.num_patches, encoder.width)
-    measured = {
-        layer: codec.calibrate(torch.cat([torch.empty(shape), *values]))
-        for layer, values in taken.items()
-    }
-    return {layer: values for layer, values in measured.items() if values is not None}
+    with ThreadPoolExecutor(workers, thread_name_prefix="featcache-decode") as pool:
+        for start in range(0, count, CALIBRATION_IMAGES):
+            part = order[start : start + CALIBRATION_IMAGES]
+            rows = [plan.first_row + i for i in part]
+            expected = [plan.new_digests[i] for i in part]
+            images = pool.map(load_pixels, repeat(encoder), repeat(sources), rows, expected)
+            yield from (image.pixels for image in images if image.pixels is not None)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from featcache import layout
-from featcache.codecs import Codec, LayerCodec, get_codec
+from featcache.codecs import Codec, get_codec
 from featcache.encode import ShardEncoder, Sources, calibrate
 from featcache.encoders import Encoder, load_encoder
 from featcache.errors import ConfigError, ManifestError, StoreError
@@ -41,10 +41,11 @@ from featcache.layout import (
     write_array,
 )
 from featcache.manifests import Manifest, read_manifest
+from featcache.mend import ShardMender
 from featcache.planning import plan_extraction
 from featcache.probe import Speed, probe_speed
-from featcache.store import shard_spec
-from featcache.writer import ShardSpec, write_error
+from featcache.store import blank_spec, shard_spec
+from featcache.writer import write_error
 
 DEFAULT_BATCH_SIZE = {"cuda": 64, "cpu": 16}
 DEFAULT_SHARD_IMAGES = 128
@@ -204,12 +205,7 @@ def _update(
         plans.append(plan)
         pending += [(plan, shard) for shard in plan.shards]
     new = sum(len(each.digests_of(shard)) for each, shard in pending)
-    blank = ShardSpec(
-        info.shard_images,
-        {layer: LayerCodec(codec, info.num_patches, info.width) for layer in info.layers},
-        codec.pooled_dtype if info.pooled else None,
-        info.width,
-    )
+    blank = blank_spec(info)
     nbytes = sum(blank.bytes_of(len(each.digests_of(shard))) for each, shard in pending)
     nbytes += new * BOOKKEEPING_BYTES_PER_ROW
     free_bytes = require_space(
@@ -237,8 +233,11 @@ def _update(
                 _calibrate(out, info, encoder, codec, plans, sources, options.workers)
             spec = shard_spec(out, info)
             with ShardEncoder(out, encoder, spec, sources, options.workers) as work:
-                for done, failed in work.run(pending):
-                    now = ExtractProgress("encode", done, new, failed, work.seconds)
+                absent, before = _mend(out, info, plans, work, pending)
+                if before:
+                    on_progress(ExtractProgress("encode", before, new))
+                for done, failed in work.run(absent):
+                    now = ExtractProgress("encode", before + done, new, failed, work.seconds)
                     on_progress(replace(now, backed_off=encoder.backed_off))
         if plan or pending or not is_current(out, info, journal):
             compile_index(out, info, Journal.load(out))
@@ -264,12 +263,38 @@ def _update(
     )
 
 
+def _mend(
+    out: Path,
+    info: StoreInfo,
+    plans: Sequence[Plan],
+    work: ShardEncoder,
+    pending: Sequence[tuple[Plan, int]],
+) -> tuple[list[tuple[Plan, int]], int]:
+    """Write those shards again that were there and are damaged, without losing their good rows.
+    Returns the others, which are yet to be encoded, and how many images were in these.
+
+    Raises StoreError where the store cannot be written.
+    """
+    mender = ShardMender(out, info, plans, lambda: work)
+    absent, done = [], 0
+    for plan, shard in pending:
+        rows = mender.records(plan, shard)
+        if rows is None:
+            absent.append((plan, shard))
+            continue
+        mender.mend(plan, shard, rows, retry=True)
+        done += len(plan.digests_of(shard))
+    return absent, done
+
+
 def _require_ours(out: Path) -> None:
     """Raises StoreError where `out` is something else than a store, whole or begun."""
     if not out.exists():
         return
     if not out.is_dir():
         raise StoreError(f"{out} is a file; choose another --out")
+    if (out / "zarr.json").exists() and not (out / "journal").exists():
+        StoreInfo.load(out)  # another Zarr group, perhaps: no lock is put into it
     ours = (out / "zarr.json").exists() or (out / "journal" / "lock").exists()
     if not ours and any(out.iterdir()):
         raise StoreError(f"{out} exists and is no feature store; choose another --out or remove it")
@@ -375,12 +400,12 @@ def _calibrate(
     sources: Sources,
     workers: int,
 ) -> None:
-    """Measure the channel values of a scaled codec, once in a store's life. Raises OSError."""
+    """Measure the channel values of a scaled codec, once in a store's life: when there is an image
+    to measure them on. Raises OSError."""
     paths = {layer: layout.channels_path(layer) for layer in info.layers}
     if all(path in info.checksums for path in paths.values()):
         return
-    plan = next(plan for plan in plans if plan.new_digests)
-    for layer, channels in calibrate(encoder, codec, plan, sources, workers).items():
+    for layer, channels in calibrate(encoder, codec, plans, sources, workers).items():
         write_channels(root, info, layer, channels)
     info.save(root)
 

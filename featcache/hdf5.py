@@ -333,6 +333,13 @@ def _create(file: h5py.File, name: str, dataset: _Dataset) -> int | None:
     return None if offset is None else int(offset)
 
 
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def writing(path: Path, spec: ShardSpec, rows: int) -> Iterator[Hdf5Writer]:
     """A file that gets its name when the block ends, synced, and never where it raises.
@@ -346,6 +353,8 @@ def writing(path: Path, spec: ShardSpec, rows: int) -> Iterator[Hdf5Writer]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(descriptor, partial):  # it has got its name, or was removed, meanwhile
+                raise BlockingIOError
         except BlockingIOError:
             raise StoreError(
                 f"another process is writing {path}; wait for it, or stop it and run again"

@@ -303,6 +303,15 @@ def merge(plans: Sequence[Plan]) -> Keys:
     return Keys(rows, {key: why for key, why in missing.items() if rows[key] < 0}, roots)
 
 
+def key_of(plans: Sequence[Plan], row: int) -> str:
+    """An image key of a row, the latest that it was given; for messages."""
+    for plan in reversed(plans):
+        places = np.flatnonzero(plan.rows == row)
+        if len(places):
+            return plan.keys[places[0]]
+    return "no key"
+
+
 def pack_failures(failures: Sequence[Failure]) -> np.ndarray[Any, Any]:
     return pack_lines([json.dumps([f.key, f.reason, f.detail]) for f in failures])
 

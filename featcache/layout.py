@@ -120,6 +120,7 @@ class StoreInfo:
         try:
             attributes = read_json(root / "zarr.json")["attributes"]["featcache"]
             version = attributes.get("format_version")
+            sealed = with_checksum(attributes) == attributes
         except FileNotFoundError:
             copy = root / copy_path("zarr.json")
             if copy.exists():
@@ -135,10 +136,10 @@ class StoreInfo:
             raise StoreError(
                 f"{root} is not a feature store ({hint}); make one with `featcache extract`"
             ) from None
-        except PermissionError as error:
-            raise StoreError(f"{root}: {error.strerror}; check its permissions") from None
         except NotADirectoryError:
-            raise StoreError(f"{root} is a file, not a feature store") from None
+            raise StoreError(f"{root} is a file, not a feature store in a folder") from None
+        except OSError as error:
+            raise StoreError(f"{root}: {error.strerror}; check its permissions") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CorruptStoreError(
                 f"{root}/zarr.json does not describe a feature store; if featcache made it, "
@@ -149,7 +150,7 @@ class StoreInfo:
                 f"{root} has store format {version}, this featcache reads {FORMAT_VERSION}; "
                 "upgrade featcache or extract again"
             )
-        if with_checksum(attributes) != attributes:
+        if not sealed:
             raise CorruptStoreError(
                 f"{root}/zarr.json was changed after it was written (its attributes do not match "
                 f"their checksum); `featcache verify {root} --repair` restores it"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -72,12 +72,14 @@ class FeatureReader:
         self._checksums = checksums
         self._check = check
         self._checked = np.zeros(len(status), np.bool_)
+        self._forgotten = 0  # of `_KnownFiles.replaced`, when `_checked` was last cleared
         self._depth = depth
         self._pin_memory = pin_memory
         self._threads = threads
         self._pid = os.getpid()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="featcache-read")
         self._local = threading.local()
+        self._files = _KnownFiles()
         self._caches: list[_OpenFiles] = []
         self._free: list[StoredFeatures] = []
         self._padding = memoryview(bytearray(CHUNK_ALIGNMENT_BYTES))
@@ -195,14 +197,22 @@ class FeatureReader:
         """Read and check `rows` (ascending) into codes[places] and scales[places]."""
         files: _OpenFiles | None = getattr(self._local, "files", None)
         if files is None:
-            files = self._local.files = _OpenFiles(self._forget)
+            files = self._local.files = _OpenFiles(self._files)
             self._caches.append(files)
+        files.renew()
         self._gather(files, self._codes, rows, places, codes)
         if self._scales is not None and scales is not None:
             self._gather(files, self._scales, rows, places, scales)
         if self._check == "never":
             return
+        replaced = files.seen_replaced
         if self._check == "once":
+            with self._files.lock:
+                if self._files.replaced != self._forgotten:
+                    # `featcache gc` may have dropped a row that a run wants which opened the store
+                    # before its image changed. What was checked was the old file.
+                    self._checked[:] = False
+                    self._forgotten = self._files.replaced
             new = ~self._checked[rows]
             rows, places = rows[new], places[new]
         for row, place in zip(rows.tolist(), places.tolist(), strict=True):
@@ -215,13 +225,10 @@ class FeatureReader:
                     f"{path}: the features of row {row} are not the bytes that were written; "
                     f"{self._codes.cure}"
                 )
-        self._checked[rows] = True
-
-    def _forget(self) -> None:
-        """A file was replaced since it was last open: `featcache gc` may have dropped a row that a
-        run wants which opened the store before its image changed. What was checked was the old one.
-        """
-        self._checked[:] = False
+        with self._files.lock:
+            # Where a thread has met a newer file since, this was perhaps read from the old one.
+            if self._files.replaced == self._forgotten == replaced:
+                self._checked[rows] = True
 
     def _gather(
         self,
@@ -279,16 +286,43 @@ def _read_rest(descriptor: int, views: list[memoryview], at: int, path: Path, cu
         at += len(view)
 
 
+class _KnownFiles:
+    """What a reader's threads know together of its files.
+
+    replaced: how often a file was opened that was another one before. lock: for it, and for what
+    follows from it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.replaced = 0
+        self._identities: dict[Path, tuple[int, int]] = {}
+
+    def note(self, path: Path, status: os.stat_result) -> None:
+        """A file that was opened."""
+        identity = (status.st_ino, status.st_mtime_ns)
+        with self.lock:
+            if self._identities.setdefault(path, identity) != identity:
+                self._identities[path] = identity
+                self.replaced += 1
+
+
 class _OpenFiles:
     """The descriptors of one thread's most recently used shard files.
 
-    on_replaced: called where a file that was open before is another one now.
+    seen_replaced: `_KnownFiles.replaced` when `renew` was last called.
     """
 
-    def __init__(self, on_replaced: Callable[[], None]) -> None:
+    def __init__(self, known: _KnownFiles) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
-        self._seen: dict[Path, tuple[int, int]] = {}
-        self._on_replaced = on_replaced
+        self._known = known
+        self.seen_replaced = 0
+
+    def renew(self) -> None:
+        """Let go of files that another thread may have found replaced."""
+        if self.seen_replaced != self._known.replaced:
+            self.seen_replaced = self._known.replaced
+            self.close()
 
     def descriptor(self, path: Path, cure: str) -> int:
         """Raises CorruptStoreError where the file cannot be opened."""
@@ -299,11 +333,7 @@ class _OpenFiles:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CorruptStoreError(f"{path}: {error.strerror}; if it is gone, {cure}") from None
-        status = os.fstat(descriptor)
-        identity = (status.st_ino, status.st_mtime_ns)
-        if self._seen.setdefault(path, identity) != identity:
-            self._seen[path] = identity
-            self._on_replaced()
+        self._known.note(path, os.fstat(descriptor))
         self._open[path] = descriptor
         if len(self._open) > OPEN_FILES_PER_THREAD:
             os.close(self._open.popitem(last=False)[1])

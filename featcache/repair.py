@@ -16,30 +16,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from featcache import layout
 from featcache.codecs import get_codec
 from featcache.encode import ShardEncoder, Sources, calibrate
 from featcache.encoders import RANDOM_REVISION, Encoder, load_encoder
-from featcache.errors import CorruptStoreError, FeatcacheError, StoreError
+from featcache.errors import FeatcacheError, StoreError
 from featcache.files import publish
 from featcache.fingerprint import fingerprint, require_same
-from featcache.index import Index, compile_index, remove_old
-from featcache.journal import Commit, Journal, Plan, RowRecord, locked, merge, num_rows
+from featcache.index import compile_index, remove_old
+from featcache.journal import Journal, Plan, RowRecord, key_of, locked, num_rows
 from featcache.layout import Status, StoreInfo, array_checksum, write_array
+from featcache.mend import ShardMender
 from featcache.planning import RETRIED
-from featcache.store import shard_spec
+from featcache.store import codecs_before, shard_spec
 from featcache.verify import (
     RECOMPILE,
     Inspection,
     OnProgress,
     VerifyProgress,
     VerifyReport,
-    blank_spec,
     inspect,
-    key_of,
     require_store,
 )
-from featcache.writer import ShardBuffer, write_error
+from featcache.writer import write_error
 
 
 def repair(
@@ -142,7 +143,7 @@ class _ShardRepair:
     ) -> None:
         self._root, self._info, self._plans = found.root, info, found.plans
         self._workers, self._model, self._images = workers, model, images
-        self._buffer: ShardBuffer | None = None
+        self._mender = ShardMender(found.root, info, found.plans, self._ready)
         self._encoder: Encoder | FeatcacheError | None = None
         self._work: ShardEncoder | None = None
         self._stack = ExitStack()
@@ -163,61 +164,45 @@ class _ShardRepair:
 
         Raises FeatcacheError where that cannot be done; the shard then stays as it is.
         """
-        rows = self._records(plan, shard)
-        if self._buffer is None:
-            self._buffer = ShardBuffer(blank_spec(self._info))
-        buffer = self._buffer
-        planned = len(plan.digests_of(shard))
+        rows = self._mender.records(plan, shard)
         if rows is None:
-            # Nothing proves what is there: all of it is encoded again, or it stays as it is.
-            buffer.clear(shard)
-            self._ready().again(plan, buffer, range(planned))
-            lost = [slot for slot in range(planned) if buffer.rows[slot].status in RETRIED]
-            if lost:
-                row = buffer.rows[lost[0]]
-                raise StoreError(
-                    "its commit record is lost, so that nothing proves its rows, and "
-                    f"{len(lost)} of its images cannot be found to encode them again (first: "
-                    f"{Status(row.status).reason}: {row.detail})"
-                )
-            buffer.publish(self._root)
+            self._encode_all(plan, shard)
             return []
-        bad = buffer.load(self._root, shard, rows)
-        if bad:
-            self._ready().again(plan, buffer, bad)
-        buffer.publish(self._root)
+        outcomes = self._mender.mend(plan, shard, rows)
         first = shard * plan.shard_images
-        return [
-            f"row {first + slot} ({key_of(self._plans, first + slot)}) was damaged and has no "
-            f"features any more: {Status(buffer.rows[slot].status).reason}: "
-            f"{buffer.rows[slot].detail}"
-            for slot in bad
-            if buffer.rows[slot].status != Status.OK
-        ]
+        notes = [self._note(first + slot, row) for slot, row in outcomes.items()]
+        return [note for note in notes if note]
 
-    def _records(self, plan: Plan, shard: int) -> list[RowRecord] | None:
-        """What was written of each slot: by the commit record, else by the index."""
-        commit = Commit.load_record(self._root, shard)
-        if commit is not None:
-            return commit.rows
-        if self._info.index is None or plan.generation > self._info.generation:
-            return None
-        try:
-            index = Index.load(self._root, self._info)
-        except CorruptStoreError:
-            return None
-        row_of_key = merge(self._plans).rows
-        details = {row_of_key.get(key, -1): why.detail for key, why in index.failures.items()}
-        rows = [RowRecord() for _ in range(self._info.shard_images)]
-        first = shard * plan.shard_images
-        for slot in range(len(plan.digests_of(shard))):
-            row = first + slot
-            status = int(index.status[row])
-            width, height = index.sizes[row].tolist()
-            rows[slot] = RowRecord(status, details.get(row, ""), (width, height))
-            if status == Status.OK:
-                rows[slot].checksums = {name: int(of[row]) for name, of in index.checksums.items()}
-        return rows
+    def _encode_all(self, plan: Plan, shard: int) -> None:
+        """Nothing proves what is there: all of it is encoded again, or it stays as it is."""
+        buffer, planned = self._mender.buffer, len(plan.digests_of(shard))
+        buffer.clear(shard)
+        self._ready().again(plan, buffer, range(planned))
+        lost = [slot for slot in range(planned) if buffer.rows[slot].status in RETRIED]
+        if lost:
+            row = buffer.rows[lost[0]]
+            raise StoreError(
+                "its commit record is lost, so that nothing proves its rows, and "
+                f"{len(lost)} of its images cannot be found to encode them again (first: "
+                f"{Status(row.status).reason}: {row.detail})"
+            )
+        buffer.publish(self._root)
+
+    def _note(self, row: int, record: RowRecord) -> str | None:
+        """What became of a damaged row, where it is not what it was."""
+        where = f"row {row} ({key_of(self._plans, row)})"
+        if record.status == Status.OK:
+            made_of = ", ".join(codecs_before(self._info.source))
+            if not made_of:
+                return None
+            return (
+                f"{where} was encoded from its image; the store was converted, so its other rows "
+                f"also carry the rounding of {made_of}"
+            )
+        return (
+            f"{where} was damaged and has no features any more: {Status(record.status).reason}: "
+            f"{record.detail}"
+        )
 
     def measure(self, layers: list[str]) -> None:
         """Measure the channel values of these layers again and write them, twice.
@@ -225,11 +210,16 @@ class _ShardRepair:
         Raises FeatcacheError where they come out as others than they were, as they do where one of
         the images that they were measured on is not there any more.
         """
-        plan = next(plan for plan in self._plans if plan.new_digests)
+        made_of = codecs_before(self._info.source)
+        if made_of:
+            raise StoreError(
+                f"it was measured on features in {made_of[0]}, not on images; convert that again"
+            )
         codec, sources = get_codec(self._info.codec), self._sources()
-        measured = calibrate(self._load(), codec, plan, sources, self._workers)
+        measured = calibrate(self._load(), codec, self._plans, sources, self._workers)
         for layer in layers:
-            values, path = measured[layer].numpy(), layout.channels_path(layer)
+            path = layout.channels_path(layer)
+            values = measured[layer].numpy() if layer in measured else np.zeros(0)
             if array_checksum(values) != self._info.checksums[path]:
                 raise StoreError(
                     "measured again, it comes out otherwise; one of the first images is gone, or "

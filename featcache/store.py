@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +152,25 @@ class Store:
         return self.spec.layers[layer]
 
 
+def codecs_before(source: dict[str, Any]) -> list[str]:
+    """The codecs whose rounding the features of a converted store carry, the latest first.
+
+    source: `Store.source`.
+    """
+    found = []
+    while made_of := source.get("converted_from"):
+        found.append(made_of["codec"])
+        source = made_of
+    return found
+
+
 def form_of(path: Path) -> StoreForm:
-    """By content. Raises StoreError for a file that is no HDF5."""
-    if not path.is_file():
-        return ZarrForm(path)
+    """By content. Raises StoreError for a file that is no HDF5 and a path that cannot be."""
+    try:
+        if not path.is_file():
+            return ZarrForm(path)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
     # h5py takes a third of a second to import.
     from featcache.hdf5 import Hdf5Form, is_hdf5
 
@@ -173,16 +189,21 @@ def shard_spec(root: Path, info: StoreInfo) -> ShardSpec:
     return _shard_spec(functools.partial(read_array, root), info)
 
 
-def _shard_spec(array: Callable[[str, str], np.ndarray[Any, Any]], info: StoreInfo) -> ShardSpec:
+def blank_spec(info: StoreInfo) -> ShardSpec:
+    """What the store's shards are made of, but for the channel values: enough to look at bytes."""
     codec = get_codec(info.codec)
-    layers = {}
-    for layer in info.layers:
+    layers = {name: LayerCodec(codec, info.num_patches, info.width) for name in info.layers}
+    pooled = codec.pooled_dtype if info.pooled else None
+    return ShardSpec(info.shard_images, layers, pooled, info.width)
+
+
+def _shard_spec(array: Callable[[str, str], np.ndarray[Any, Any]], info: StoreInfo) -> ShardSpec:
+    blank = blank_spec(info)
+    layers = dict(blank.layers)
+    for layer, coded in blank.layers.items():
         path = layout.channels_path(layer)
-        channels = None
-        if codec.scaled and path in info.checksums:  # a store without rows has none
+        if coded.codec.scaled and path in info.checksums:  # a store without rows has none
             values = array(path, info.checksums[path])
             channels = torch.from_numpy(np.array(values, np.float32))
-        layers[layer] = LayerCodec(codec, info.num_patches, info.width, channels)
-    return ShardSpec(
-        info.shard_images, layers, codec.pooled_dtype if info.pooled else None, info.width
-    )
+            layers[layer] = replace(coded, channels=channels, _on={})
+    return replace(blank, layers=layers)

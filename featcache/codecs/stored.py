@@ -107,4 +107,7 @@ class StoredFeatures:
         float32."""
         if dtype is None:
             dtype = torch.float32 if self.layer.codec.scaled else self.codes.dtype
+        if not len(self):  # a store without images has no channel values
+            shape = (0, self.layer.num_patches, self.layer.width)
+            return torch.empty(shape, dtype=dtype, device=self.codes.device)
         return self.layer.codec.decode(self.codes, self.scales, self.layer.channels, dtype)
