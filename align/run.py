@@ -257,6 +257,12 @@ def load_run(
     info = folder.read_info()
     config = load_config(folder.config, overrides)
     found = find_checkpoint(folder.checkpoints, checkpoint)
+    for store in () if features else info["features"]:
+        if not Path(store).exists():
+            raise RunError(
+                f"{folder.path}: its store {store} is gone; if it has moved, give --features STORE "
+                "(`align caption` needs none)"
+            )
     run = assemble(config, features or info["features"], folder.path)
     _check_same_division(restore(run, found), run)
     run.model.eval()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -366,8 +366,9 @@ def _check_same_config(before: RunConfig, now: RunConfig, out: Path) -> None:
         )
 
 
-def _check_same_learning(state: dict[str, object], run: Run) -> None:
-    """Refuses a precision or training samples that would make the rest of the run another one."""
+def _check_same_learning(state: dict[str, Any], run: Run) -> None:
+    """Refuses what would make the rest of the run another one: a precision, training samples, their
+    images, channel values of the codec."""
     identity = run.identity()
     if state.get("precision") != identity["precision"]:
         raise CheckpointError(
@@ -391,9 +392,9 @@ def _check_same_learning(state: dict[str, object], run: Run) -> None:
     codec_now = identity["features"]["codec"]
     if state.get("features", {}).get("codec", codec_now) != codec_now:
         raise CheckpointError(
-            f"{run.path}: cannot be resumed: {run.store.path} has other channel values of its codec "
-            f"{codec_now['name']} than the store it was started on, so its features are rounded "
-            "otherwise; use that store, or start another --out"
+            f"{run.path}: cannot be resumed: {run.store.path} has other channel values of its "
+            f"codec {codec_now['name']} than the store it was started on, so its features are "
+            "rounded otherwise; use that store, or start another --out"
         )
 
 

@@ -19,7 +19,7 @@ import featcache
 from align.checkpoint import find_checkpoint
 from align.config import RunConfig, load_config
 from align.data.collate import Batch
-from align.errors import CheckpointError
+from align.errors import CheckpointError, RunError
 from align.evaluate import evaluate
 from align.live import caption_images
 from align.run import load_run, load_speaker
@@ -149,6 +149,21 @@ def test_data_that_have_moved(
     assert train(there, [store], run, resume=True).step == 6
     assert len(evaluate(load_run(run)).captions) == 8  # at the place that the resume has named
     assert load_config(run / "config.yaml").data == there.data
+
+
+def test_a_store_that_has_moved(
+    add: Callable[..., Path], folder: Path, make_config: MakeConfig
+) -> None:
+    store, run = add(), folder.parent / "run"
+    train(make_config(), [store], run)
+    moved = store.rename(folder.parent / "moved.zarr")
+    with pytest.raises(RunError) as caught:
+        load_run(run)
+    assert str(caught.value) == (
+        f"{run}: its store {store} is gone; if it has moved, give --features STORE "
+        "(`align caption` needs none)"
+    )
+    assert len(held_out(run, features=[moved])) == 8
 
 
 def test_images_that_have_changed_since(
