@@ -103,7 +103,7 @@ class Run:
     step: int = 0
     checkpoint: Checkpoint | None = None
     _loaders: dict[str, Loader] = field(default_factory=dict, repr=False)
-    _data_digest: str | None = field(default=None, repr=False)
+    _data: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> RunFolder:
@@ -136,16 +136,24 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run remembers besides weights, JSON-able.
 
-        `data` is a digest of the training samples in their order: ids, image keys and answers.
-        `precision` is what `train.precision` came to on the device.
+        `data` has digests of the training samples in their order (ids, image keys and answers), of
+        those images' bytes, and of what was held out. `precision` is what `train.precision` came
+        to on the device.
         """
-        if self._data_digest is None:  # once: there may be half a million samples
-            digest = xxhash.xxh3_64()
+        if self._data is None:  # once: there may be half a million samples
+            digest, images = xxhash.xxh3_64(), xxhash.xxh3_64()
+            digests = self.store.index.digests
             for sample in self.splits.train:
                 record = sample.record
                 parts = [record.id, *record.images, answer(record)]
                 digest.update(json.dumps(parts).encode() + b"\n")
-            self._data_digest = digest.hexdigest()
+                images.update(digests[sample.rows].tobytes())
+            self._data = {
+                "train": len(self.splits.train),
+                "digest": digest.hexdigest(),
+                "images": images.hexdigest(),
+                "division": self.splits.division,
+            }
         layer_codec = self.store.layer_codec(self.layer)
         return {
             "store": self.store.fingerprint,
@@ -155,9 +163,13 @@ class Run:
                 "in_width": self.store.width,
                 "out_width": self.model.llm.hidden_size,
             },
-            "features": {"layer": self.layer, "codec": describe_codec(layer_codec)},
+            "features": {
+                "layer": self.layer,
+                "codec": describe_codec(layer_codec),
+                "converted_from": self.store.source.get("converted_from"),
+            },
             "precision": "fp32" if self.model.autocast is None else "bf16",
-            "data": {"train": len(self.splits.train), "digest": self._data_digest},
+            "data": self._data,
             "versions": versions(),
         }
 
@@ -237,15 +249,22 @@ def load_run(
         takes the store that the run was trained on.
     overrides: KEY=VALUE on the run's config, e.g. "train.device=cpu".
 
-    Raises RunError where `path` is no run, CheckpointError where the checkpoint does not fit, and
-    FingerprintMismatch where the store's features were made by other means.
+    Raises RunError where `path` is no run, CheckpointError where the checkpoint does not fit or
+    what was held out of its training is not what is held out now, and FingerprintMismatch where the
+    store's features were made by other means.
     """
     folder = RunFolder(Path(path))
     info = folder.read_info()
     config = load_config(folder.config, overrides)
     found = find_checkpoint(folder.checkpoints, checkpoint)
+    for store in () if features else info["features"]:
+        if not Path(store).exists():
+            raise RunError(
+                f"{folder.path}: its store {store} is gone; if it has moved, give --features STORE "
+                "(`align caption` needs none)"
+            )
     run = assemble(config, features or info["features"], folder.path)
-    restore(run, found)
+    _check_same_division(restore(run, found), run)
     run.model.eval()
     return run
 
@@ -293,13 +312,47 @@ def restore(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
         run.store.fingerprint,
         left_name=str(checkpoint.path),
         right_name=str(run.store.path),
-        cure="use the store that the run was trained on, or extract with the same encoder",
+        cure="use the store that the run was trained on, or one of the same encoder and codec",
     )
+    _check_same_features(state, run)
     _check_same_model(state, run.model, run.identity()["widths"], checkpoint)
     load_connector(checkpoint, run.model.connector)
     run.step = checkpoint.step
     run.checkpoint = checkpoint
     return state
+
+
+def _check_same_features(state: dict[str, Any], run: Run) -> None:
+    """Raises FingerprintMismatch for another layer, or features that another codec has rounded.
+
+    The channel values of a codec may differ here: they are those of the images that each store was
+    begun with.
+    """
+    before, now = state.get("features", {}), run.identity()["features"]
+    compared = {name: before[name] for name in ("layer", "converted_from") if name in before}
+    require_same(
+        {"features": compared},
+        {"features": {name: now[name] for name in compared}},
+        left_name=f"{run.path}",
+        right_name=f"{run.store.path}",
+        cure="use the store that the run was trained on, or train on this one",
+    )
+
+
+def _check_same_division(state: dict[str, Any], run: Run) -> None:
+    """Raises CheckpointError where what is held out now may have been trained on.
+
+    Files of `data.val_files` are held out whatever the other files hold.
+    """
+    before = state["data"].get("division")
+    if run.config.data.val_files or before in (None, run.splits.division):
+        return
+    raise CheckpointError(
+        f"{run.path}: the records in {', '.join(run.config.data.files)} are not those that it was "
+        "started with, so what would be held out of them now may have been trained on: "
+        f"data.division: {before!r} -> {run.splits.division!r}; give it the same file again, or "
+        f"name a file to evaluate on in data.val_files of {run.folder.config}"
+    )
 
 
 def _check_same_model(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from align.checkpoint import (
 )
 from align.config import RunConfig, config_dict, diff_fields, load_config, save_config
 from align.data.collate import Batch, Loader
-from align.data.dataset import LeftOutRecord
+from align.data.dataset import LeftOutRecord, with_sources
 from align.data.sampling import StepSampler
 from align.errors import AlignError, CheckpointError, DataError, RunError
 from align.optim import build_optimizer
@@ -46,6 +46,8 @@ from featcache.files import publish
 E = TypeVar("E", bound=Event)
 
 FREE_TO_CHANGE = (
+    "data.files",
+    "data.images",
     "data.max_missing",
     "eval",
     "train.device",
@@ -63,8 +65,8 @@ FREE_TO_CHANGE = (
     "train.verify_features",
 )
 """Settings, or whole sections, that may differ when a run is resumed: they decide what is told or
-refused, not what is learned. `train.precision` may be named where it was "auto"; what it comes to
-on the device is compared."""
+refused, not what is learned. `train.precision` may be named where it was "auto", and the data may
+have moved: what they come to, precision and records, is compared."""
 
 LEFT_OUT_FILE = "left_out.jsonl"
 """In the run's folder: the records that are not used, one `LeftOutRecord` a line."""
@@ -223,7 +225,14 @@ def start_session(
     if found:
         before = load_config(folder.config)
         _check_same_config(before, config, out)
+        data = config.data
+        # Left out they mean the run's: the store's own may be of what was appended since.
+        data = replace(
+            data, files=data.files or before.data.files, images=data.images or before.data.images
+        )
+        config = replace(config, data=data)
     run = assemble(config, features, out)
+    run.config = config = replace(config, data=with_sources(config.data, run.store))
     optimizer = build_optimizer(config.optim, run.model.connector)
     loader = run.loader("train")
     train = config.train
@@ -248,10 +257,9 @@ def start_session(
         session.loss = state["loss"]
         session.eval_loss, session.eval_step = state["eval_loss"], state["eval_step"]
         session.log.drop_after(run.step)
-        if before.data.max_missing != config.data.max_missing:
-            # What the run was allowed to do without, its evaluations are allowed as well.
-            data = replace(before.data, max_missing=config.data.max_missing)
-            save_config(replace(before, data=data), folder.config)
+        if before.data != config.data:
+            # Its evaluations look where the run looks, and may do without what it does without.
+            save_config(replace(before, data=config.data), folder.config)
         session.tell(NoticeEvent(f"resuming at step {run.step:,} of {total_steps:,}"))
         other = diff_fields(state["versions"], versions())
         if other:
@@ -358,8 +366,9 @@ def _check_same_config(before: RunConfig, now: RunConfig, out: Path) -> None:
         )
 
 
-def _check_same_learning(state: dict[str, object], run: Run) -> None:
-    """Refuses a precision or training samples that would make the rest of the run another one."""
+def _check_same_learning(state: dict[str, Any], run: Run) -> None:
+    """Refuses what would make the rest of the run another one: a precision, training samples, their
+    images, channel values of the codec."""
     identity = run.identity()
     if state.get("precision") != identity["precision"]:
         raise CheckpointError(
@@ -367,10 +376,25 @@ def _check_same_learning(state: dict[str, object], run: Run) -> None:
             f"{identity['precision']}; give train.precision={state.get('precision')}"
         )
     before, now = state["data"], identity["data"]
-    if before != now:
+    # An earlier version's checkpoints know less.
+    changed = diff_fields(before, {name: now[name] for name in before})
+    if [line.split(":")[0] for line in changed] == ["images"]:
+        raise CheckpointError(
+            f"{run.path}: cannot be resumed: image files of its training samples have changed, and "
+            f"{run.store.path} has the features of the new ones: {'; '.join(changed)}; bring the "
+            "old files back and run `featcache extract` again, or start another --out"
+        )
+    if changed:
         raise CheckpointError(
             f"{run.path}: cannot be resumed on other training samples: "
-            f"{'; '.join(diff_fields(before, now))}; give the data it was started with"
+            f"{'; '.join(changed)}; give the data it was started with"
+        )
+    codec_now = identity["features"]["codec"]
+    if state.get("features", {}).get("codec", codec_now) != codec_now:
+        raise CheckpointError(
+            f"{run.path}: cannot be resumed: {run.store.path} has other channel values of its "
+            f"codec {codec_now['name']} than the store it was started on, so its features are "
+            "rounded otherwise; use that store, or start another --out"
         )
 
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import click
 
@@ -256,7 +256,9 @@ def table(
 
     drawn = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        drawn.add_column(Text(column), justify="right" if number in right else "left")
+        # Folded where the terminal is narrow: "0.…" is no figure, and "goo…" no name.
+        justify: Literal["right", "left"] = "right" if number in right else "left"
+        drawn.add_column(Text(column), justify=justify, overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(str(cell)) for cell in row))
     stderr().print(drawn)

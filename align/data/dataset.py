@@ -5,10 +5,10 @@ Nothing is tokenised here: 558K captions would delay the first step by a minute.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,11 @@ class DataConfig:
     """Which records, and which of them are held out."""
 
     files: list[str] = field(default_factory=list)
-    """LLaVA JSON, Cambrian JSONL, caption JSONL; empty takes what the store was extracted from,
-    without `val_files`."""
+    """LLaVA JSON, Cambrian JSONL, caption JSONL; empty takes what the store was last extracted
+    from, without `val_files`. A run's own config names them."""
     images: str | None = None
-    """Folder that image paths are relative to; null takes the store's."""
+    """Folder that image paths are relative to; null takes the store's. A run's own config names
+    it."""
     val_files: list[str] = field(default_factory=list)
     """Files held out for validation; when given, nothing is held out of `files`."""
     eval_ratio: float = 0.02
@@ -125,6 +126,8 @@ class DataSplits:
 
     found: records in the files, before anything was left out.
     left_out: the `left_out_records` counted.
+    division: digest of which records were held out of `files` and which were not, in order; those
+        without features count, so it is the same whatever the store holds.
     shared_images: images of validation files that are trained on as well.
     """
 
@@ -133,6 +136,7 @@ class DataSplits:
     found: int
     left_out: LeftOut
     left_out_records: list[LeftOutRecord]
+    division: str
     shared_images: int = 0
 
     def split(self, name: str) -> list[Sample]:
@@ -152,8 +156,28 @@ class DataSplits:
         return samples
 
 
+def with_sources(config: DataConfig, store: Store) -> DataConfig:
+    """The config with `files` and `images` named: where it leaves them out, the store's latest.
+
+    What a run keeps, since a store's latest data are others once more were appended.
+
+    Raises DataError where no file remains.
+    """
+    held = {Path(file).resolve() for file in config.val_files}
+    files = config.files or [f for f in store.source["data"] if Path(f).resolve() not in held]
+    if not files:
+        raise DataError(
+            f"data.val_files: hold all that {store.path} was extracted from, so nothing remains to "
+            "train on; name other files in data.files, or set data.eval_ratio instead"
+        )
+    return replace(config, files=files, images=config.images or store.source["images"])
+
+
 def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> DataSplits:
     """Reads the data files, joins them with the store by image key, and holds out a split.
+
+    A record's side is decided before it is known whether it has features: those of another store,
+    or of this one after a repair, leave every other record where it was.
 
     Raises DataError where a file is not named anywhere, nothing remains to train on, or a larger
     share than `data.max_missing` has no features; ManifestError where a file cannot be read.
@@ -164,25 +188,35 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
             f"data.val_files: {', '.join(twice)} is in data.files as well; what is trained on "
             "cannot be held out: name it in one of them"
         )
-    files = config.files or [f for f in store.source["data"] if Path(f).resolve() not in held]
-    if not files:
-        raise DataError(
-            f"data.val_files: hold all that {store.path} was extracted from, so nothing remains to "
-            "train on; name other files in data.files, or set data.eval_ratio instead"
-        )
-    images = config.images or store.source["images"]
+    config = with_sources(config, store)
+    assert config.images is not None
+    files, images = config.files, config.images
     unusable: list[LeftOutRecord] = []
     missing: list[LeftOutRecord] = []
-    train, found = _load(files, images, template, store, unusable, missing, config.max_samples)
+    joined, found = _load(files, images, template, store, unusable, missing, config.max_samples)
+    records = [each.record if isinstance(each, Sample) else each for each in joined]
     found_val = shared = 0
     if config.val_files:
-        val, found_val = _load(config.val_files, images, template, store, unusable, missing, None)
+        held_out = np.zeros(len(records), np.bool_)
+        joined_val, found_val = _load(
+            config.val_files, images, template, store, unusable, missing, None
+        )
+        val = [each for each in joined_val if isinstance(each, Sample)]
+    else:
+        held_out = hold_out(records, config.eval_ratio, config.seed)
+        val = [
+            each
+            for each, out in zip(joined, held_out, strict=True)
+            if out and isinstance(each, Sample)
+        ]
+    train = [
+        each
+        for each, out in zip(joined, held_out, strict=True)
+        if not out and isinstance(each, Sample)
+    ]
+    if config.val_files:
         trained_on = {row for sample in train for row in sample.rows.tolist()}
         shared = len(trained_on & {row for sample in val for row in sample.rows.tolist()})
-    else:
-        held_out = hold_out([sample.record for sample in train], config.eval_ratio, config.seed)
-        val = [sample for sample, out in zip(train, held_out, strict=True) if out]
-        train = [sample for sample, out in zip(train, held_out, strict=True) if not out]
     left_out_records = unusable + missing
     left_out = LeftOut.of(left_out_records)
     if not train:
@@ -193,7 +227,15 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
             f"{store.path}: {why}{cure}"
         )
     _require_features(len(train) + len(val), missing, config.max_missing, store)
-    return DataSplits(train, val, found + found_val, left_out, left_out_records, shared)
+    division = _division(records, held_out)
+    return DataSplits(train, val, found + found_val, left_out, left_out_records, division, shared)
+
+
+def _division(records: Sequence[Record], held_out: NDArray[np.bool_]) -> str:
+    digest = xxhash.xxh3_64()
+    for record, out in zip(records, held_out.tolist(), strict=True):
+        digest.update(json.dumps([record.id, *record.images, out]).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _require_features(
@@ -256,11 +298,12 @@ def _load(
     unusable: list[LeftOutRecord],
     missing: list[LeftOutRecord],
     limit: int | None,
-) -> tuple[list[Sample], int]:
-    """Usable samples of some files in their order, and how many records the files hold.
+) -> tuple[list[Sample | Record], int]:
+    """Of some files in their order the usable samples, among them the records for which only
+    features are missing; and how many records the files hold.
 
-    Adds the others to `missing` where only features are missing, else to `unusable`; those after
-    the first `limit` samples are not looked up in the store.
+    Adds the latter to `missing`, those that cannot be used to `unusable`. Ends after the first
+    `limit` samples.
     """
     manifest = read_manifest(files, images)
     for skipped in manifest.skipped:
@@ -273,14 +316,21 @@ def _load(
             unusable.append(LeftOutRecord(record.id, str(error), record.origin, record.images))
         else:
             fitting.append(record)
-    samples = _join(fitting, store, missing)
-    return list(islice(samples, limit)), len(manifest.records) + len(manifest.skipped)
+    joined: list[Sample | Record] = []
+    usable = 0
+    for each in _join(fitting, store, missing):
+        joined.append(each)
+        usable += isinstance(each, Sample)
+        if usable == limit:
+            break
+    return joined, len(manifest.records) + len(manifest.skipped)
 
 
 def _join(
     records: Sequence[Record], store: Store, missing: list[LeftOutRecord]
-) -> Iterable[Sample]:
-    """Records whose images all have a row; the others are added to `missing`."""
+) -> Iterator[Sample | Record]:
+    """Samples of the records whose images all have a row; the others as they are, and added to
+    `missing`."""
     rows = store.rows([key for record in records for key in record.images])
     start = 0
     for record in records:
@@ -293,5 +343,6 @@ def _join(
             reason = f"image {why[absent[0]].split(':')[0]}"
             detail = "; ".join(f"{key}: {text}" for key, text in why.items())
             missing.append(LeftOutRecord(record.id, reason, detail, record.images))
+            yield record
         else:
             yield Sample(record, own)

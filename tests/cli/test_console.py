@@ -180,3 +180,18 @@ def test_a_live_bar_leaves_stderr_in_place(monkeypatch: pytest.MonkeyPatch) -> N
         assert progress._bar is not None
         assert sys.stderr is before
     console._console_for.cache_clear()
+
+
+def test_a_table_on_a_narrow_terminal_loses_no_letter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    monkeypatch.setattr(console, "stderr", lambda: Console(stderr=True, width=30))
+    console.table(
+        ["name", "images", "checkpoint"], [["tiny", "558,128", "google/siglip2-so400m"]], right=[1]
+    )
+    shown = capsys.readouterr().err
+    assert "…" not in shown
+    rows = [line.split() for line in shown.splitlines()[4:] if line.strip()]
+    assert "".join(row[-1] for row in rows) == "google/siglip2-so400m"
