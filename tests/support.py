@@ -45,15 +45,6 @@ def feature_files(store: Path) -> dict[str, bytes]:
     }
 
 
-def data_files(store: Path) -> dict[str, bytes]:
-    """`feature_files`, and the patch scales and channel values of a scaled codec."""
-    return feature_files(store) | {
-        str(path.relative_to(store)): path.read_bytes()
-        for pattern in ("scales/*/c/*/0", "channels/*/c/0/0")
-        for path in sorted(store.glob(pattern))
-    }
-
-
 class Killed(BaseException):
     """The process is gone: nothing is published or removed any more."""
 

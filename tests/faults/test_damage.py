@@ -22,7 +22,7 @@ from featcache.errors import FeatcacheError, StoreError
 from featcache.extract import ExtractOptions
 from featcache.verify import verify
 from tests.faults.damage import KINDS
-from tests.support import data_files, write_captions, write_images
+from tests.support import feature_files, write_captions, write_images
 
 CODECS_USED = ("fp16", "int8", "bf16", "fp8", "int4")
 CASES = [
@@ -76,7 +76,7 @@ def make(folder: Path, encoder_dir: Path, codec: str) -> Whole:
     rows, values = read(options.out, keys)
     failures = featcache.open(options.out).failures()
     assert len(failures) == 2
-    return Whole(options, keys, data_files(options.out), rows, values, list(failures))
+    return Whole(options, keys, feature_files(options.out), rows, values, list(failures))
 
 
 def cache_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def one_case(whole: Whole, kind: str, number: int, folder: Path) -> str:
         assert unchanged(store, whole), damaged
         return f"not mended: {mended.problems[0].what}"
     assert verify(store).ok
-    assert data_files(store) == whole.files, damaged
+    assert feature_files(store) == whole.files, damaged
     assert read(store, whole.keys) == (whole.rows, whole.values), damaged
     assert list(featcache.open(store).failures()) == whole.failures
     return "mended"

@@ -23,7 +23,7 @@ from featcache.errors import StoreError
 from featcache.extract import ExtractOptions, ExtractProgress
 from featcache.live import compare_live
 from featcache.verify import verify
-from tests.support import data_files, write_images
+from tests.support import feature_files, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +50,7 @@ def full(folder: Path, model: str) -> None:
     """Something else fills a file system of 2 MB while an extraction runs on it."""
     options = small(folder, model)
     extract.extract(replace(options, out=folder / "reference.zarr"))
-    whole = data_files(folder / "reference.zarr")
+    whole = feature_files(folder / "reference.zarr")
     disk = folder / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=True)
@@ -76,7 +76,7 @@ def full(folder: Path, model: str) -> None:
         assert all("copy" in problem.where for problem in report.problems), report.problems
         filler.unlink()
         assert extract.extract(replace(options, out=out)).ok
-        assert data_files(out) == whole
+        assert feature_files(out) == whole
         assert verify(out).ok
 
         # The same under a repair.
@@ -91,7 +91,7 @@ def full(folder: Path, model: str) -> None:
             raise AssertionError("a full disk was enough")
         filler.unlink()
         assert repair.repair(out).ok
-        assert data_files(out) == whole
+        assert feature_files(out) == whole
         shutil.rmtree(out)
     print("committed before it was full:", committed)
     assert len(set(committed)) > 2
@@ -164,7 +164,7 @@ def test_full_at_every_write(
     options = small(tmp_path, str(encoder_dir))
     disk = Full(monkeypatch)
     extract.extract(options)
-    total, whole = disk.count, data_files(options.out)
+    total, whole = disk.count, feature_files(options.out)
     assert total > 60
     for writes in range(0, total, step):
         out = tmp_path / f"{writes}.zarr"
@@ -177,7 +177,7 @@ def test_full_at_every_write(
         assert extract.extract(replace(options, out=out)).new <= 3 - 2 * (
             "commit-00000000.json" in committed
         )
-        assert data_files(out) == whole
+        assert feature_files(out) == whole
         assert verify(out).ok
         shutil.rmtree(out)
 
@@ -194,7 +194,7 @@ def test_full_at_every_write(
             repair.repair(out)
         disk.after(None)
         assert repair.repair(out).ok
-        assert data_files(out) == whole
+        assert feature_files(out) == whole
         shutil.rmtree(out)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from featcache.extract import ExtractOptions, extract
 from featcache.verify import verify
-from tests.support import data_files, write_images
+from tests.support import feature_files, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "from cli.featcache import main; main()"
@@ -48,16 +48,16 @@ def check_all(processes: list[subprocess.Popen[str]]) -> int:
 
 
 def test_two_extractions_and_a_repair(options: ExtractOptions, tmp_path: Path) -> None:
-    whole = data_files(options.out)
+    whole = feature_files(options.out)
     out = tmp_path / "store.zarr"
     command = ["extract", "--model", options.model, "--data", options.data[0], "--out", out]
     command += ["--shard-images", 4, "--batch-size", 4]
     assert check_all([start(*command), start(*command)]) <= 1
-    assert data_files(out) == whole
+    assert feature_files(out) == whole
     assert verify(out).ok
 
     for shard in range(0, 20, 3):
         (out / f"features/-2/c/{shard}/0/0").write_bytes(b"short")
     assert check_all([start(*command), start("verify", out, "--repair")]) <= 1
-    assert data_files(out) == whole
+    assert feature_files(out) == whole
     assert verify(out).ok
