@@ -271,6 +271,11 @@ def fields(pairs: Mapping[str, object]) -> None:
         say(f"{name:<{width}}  {value}")
 
 
+def count(number: int, noun: str) -> str:
+    """E.g. '1 shard', '2,000 shards'."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
     """3.2 s, 4 min 10 s, 2 h 05 min."""
     if seconds < 10:

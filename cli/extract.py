@@ -12,6 +12,7 @@ from cli import console
 
 if TYPE_CHECKING:
     from featcache.extract import ExtractProgress, ExtractResult, Preflight
+    from featcache.journal import Failure
 
 SHOWN_REASONS = 5
 """Reasons for skipped records that are named, the commonest first; --json has all."""
@@ -194,14 +195,19 @@ def _summary(dry_run: bool, result: ExtractResult) -> None:
         console.say(f"{result.images:,} images; {_expected(result.preflight)}")
         for reason, count in result.failures.items():
             console.say(f"{count:,} cannot be read: {reason}")
+        if result.first_failure:
+            console.say(f"the first: {_told(result.first_failure)}")
         return
     console.say(
         f"{result.path}: {result.features:,} of {result.images:,} images have features "
         f"({result.new:,} new, {console.duration(result.seconds)}, {_peak(result)})"
     )
-    if result.failures:
+    if result.first_failure:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.failures.items())
-        console.say(f"without features: {reasons}; `featcache failures {result.path}` lists them")
+        console.say(
+            f"without features: {reasons} (the first: {_told(result.first_failure)}); "
+            f"`featcache failures {result.path}` lists them"
+        )
     if not result.ok:
         cure = (
             "store them with --codec bf16 in a new store"
@@ -209,6 +215,10 @@ def _summary(dry_run: bool, result: ExtractResult) -> None:
             else "mend the images and run again, or allow more with --max-failures"
         )
         console.fail(f"more images failed than allowed; {cure}")
+
+
+def _told(failure: Failure) -> str:
+    return f"{failure.key}: {failure.detail or failure.reason}"
 
 
 def _peak(result: ExtractResult) -> str:

@@ -68,7 +68,7 @@ def info(store: Path) -> console.Document:
         )
     lines["shards"] = (
         f"{found.committed:,} of {found.planned:,} committed, "
-        f"{found.generations:,} generation{'s' * (found.generations != 1)}"
+        f"{console.count(found.generations, 'generation')}"
     )
     parts = ", ".join(f"{part} {console.size(n)}" for part, n in found.parts.items())
     lines["bytes"] = f"{console.size(found.nbytes)}: {parts}"

@@ -91,24 +91,25 @@ def _show(report: VerifyReport, repair: bool) -> None:
             console.say(f"{len(listed) - SHOWN_PROBLEMS:,} more {name}; --json lists them")
     rate = report.nbytes / report.seconds if report.seconds else 0
     console.say(
-        f"{report.path}: {report.images:,} images in {report.shards:,} shards of "
-        f"{report.generations:,} generations, {console.size(report.nbytes)} read in "
+        f"{report.path}: {console.count(report.images, 'image')} in "
+        f"{console.count(report.shards, 'shard')} of "
+        f"{console.count(report.generations, 'generation')}, {console.size(report.nbytes)} read in "
         f"{console.duration(report.seconds)} ({console.size(rate)}/s)"
     )
     if report.ok:
-        mended = f"; {len(report.mended):,} problems mended" if report.mended else ""
+        mended = f"; {console.count(len(report.mended), 'problem')} mended" if report.mended else ""
         console.say(f"whole{mended}")
         return
     if repair:
-        console.fail(f"{len(report.problems):,} problems could not be mended")
+        console.fail(f"{console.count(len(report.problems), 'problem')} could not be mended")
         return
     cure = (
         f"`featcache verify {report.path} --repair` mends "
-        + ("them" if all(problem.cure for problem in report.problems) else "some of them")
+        + ("all" if all(problem.cure for problem in report.problems) else "some")
         if any(problem.cure for problem in report.problems)
-        else "none of them can be mended"
+        else "nothing can mend that"
     )
-    console.fail(f"{len(report.problems):,} problems; {cure}")
+    console.fail(f"{console.count(len(report.problems), 'problem')}; {cure}")
 
 
 def _show_live(outcome: LiveReport) -> bool:
@@ -121,7 +122,8 @@ def _show_live(outcome: LiveReport) -> bool:
         console.fail("no image could be encoded again, so nothing was compared with a live encoder")
         return False
     worst = ", ".join(
-        f"{name} {error:.2g} (allowed {outcome.tolerance[name]:.2g})"
+        f"{'' if name == 'pooled' else 'layer '}{name}: {error:.2g} (allowed "
+        f"{outcome.tolerance[name]:.2g})"
         for name, error in outcome.worst.items()
     )
     console.say(f"live: {outcome.compared:,} images encoded again; largest relative error: {worst}")

@@ -31,7 +31,7 @@ from featcache.errors import ConfigError, ManifestError, StoreError
 from featcache.files import publish, publish_json
 from featcache.fingerprint import fingerprint, require_same
 from featcache.index import Index, compile_index, is_current, remove_old
-from featcache.journal import Journal, Plan, locked, merge, num_rows
+from featcache.journal import Failure, Journal, Plan, locked, merge, num_rows
 from featcache.layout import (
     Status,
     StoreInfo,
@@ -127,6 +127,7 @@ class ExtractResult:
 
     images: distinct image keys of the data; features: those with features (in a dry run, those
     whose file can be read); new: images encoded by this run; failures: {reason: count};
+    first_failure: of the first image in the data's order that has none;
     skipped: {reason: (count, the first one's file and line)} of records that cannot be used;
     preflight: what was expected before the first image.
     peak_ram_bytes: of this process so far; peak_gpu_bytes: as torch allocated them, 0 on the CPU.
@@ -138,6 +139,7 @@ class ExtractResult:
     features: int
     new: int
     failures: dict[str, int]
+    first_failure: Failure | None
     skipped: dict[str, tuple[int, str]]
     preflight: Preflight
     seconds: float
@@ -224,7 +226,7 @@ def _update(
 
     if options.dry_run:
         missing = merge(plans).missing
-        failures = Counter(missing[key].reason for key in keys if key in missing)
+        lost = [missing[key] for key in keys if key in missing]
     else:
         prepare_store(out, info, codec, plans, plan)
         on_progress(ExtractProgress("encode", 0, new, preflight=preflight))
@@ -244,22 +246,23 @@ def _update(
         remove_old(out, info)
         index = Index.load(out, info)
         rows = zip(keys, index.find(keys).tolist(), strict=True)
-        failures = Counter(index.failures[key].reason for key, row in rows if row < 0)
-    failed = sum(failures.values())
+        lost = [index.failures[key] for key, row in rows if row < 0]
+    failures = Counter(failure.reason for failure in lost)
     skipped = Counter(record.reason for record in manifest.skipped)
     first = {record.reason: record.origin for record in reversed(manifest.skipped)}
     return ExtractResult(
         path=out,
         images=len(keys),
-        features=len(keys) - failed,
+        features=len(keys) - len(lost),
         new=new,
         failures=dict(failures),
+        first_failure=lost[0] if lost else None,
         skipped={reason: (count, first[reason]) for reason, count in skipped.items()},
         preflight=preflight,
         seconds=0.0,
         peak_ram_bytes=_peak_ram_bytes(),
         peak_gpu_bytes=_peak_gpu_bytes(encoder),
-        ok=failed <= options.max_failures * len(keys) and not failures[Status.OVERFLOW.reason],
+        ok=len(lost) <= options.max_failures * len(keys) and not failures[Status.OVERFLOW.reason],
     )
 
 

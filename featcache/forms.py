@@ -103,4 +103,4 @@ class ZarrForm(StoreForm):
 
     @property
     def cure(self) -> str:
-        return f"`featcache verify {self.path} --repair` writes it again"
+        return layout.repair_cure(self.path)

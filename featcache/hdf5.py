@@ -41,6 +41,9 @@ from featcache.writer import ShardBuffer, ShardSpec, write_at
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 COMMITS, COMMIT_ENDS = "journal/commits", "journal/commit_ends"
+CURE = "take another copy of the file, or make it again with `featcache convert`"
+"""What to do about a damaged file."""
+
 _COPY_BYTES = 1 << 20
 # Object headers of this version carry checksums, so that a changed byte of the structure is found.
 _VERSIONS = ("v108", "v108")
@@ -79,7 +82,7 @@ class Hdf5Form(StoreForm):
 
     @property
     def cure(self) -> str:
-        return "take another copy of the file, or make it again with `featcache convert`"
+        return CURE
 
     def load_info(self) -> StoreInfo:
         attributes, self._extents = self._structure()
@@ -164,7 +167,7 @@ class Hdf5Form(StoreForm):
             )
         row_bytes = int(np.prod(row_shape)) * dtype.itemsize
         start = extent.offset or 0
-        return Placement(lambda _: self.path, max(1, rows), row_bytes, row_bytes, start, self.cure)
+        return Placement(lambda _: self.path, max(1, rows), row_bytes, row_bytes, self.cure, start)
 
     def plan(self, generation: int) -> bytes:
         raw = self._values(_plan_name(generation)).tobytes()
@@ -233,7 +236,7 @@ class Hdf5Writer:
             start = self.extents[name]
             assert start is not None
             return self.descriptor, Placement(
-                lambda _: self.path, 1 << 62, row_bytes, row_bytes, start
+                lambda _: self.path, 1 << 62, row_bytes, row_bytes, CURE, start
             )
 
         assert commit.shard == len(self.ends)

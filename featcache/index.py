@@ -334,18 +334,5 @@ def _next_name(root: Path) -> str:
     return f"index/{max(taken, default=0) + 1:08d}"
 
 
-def read_shard_index(path: Path, images: int) -> np.ndarray[Any, Any]:
-    """The shard index at a shard file's end. Raises CorruptStoreError."""
-    length = 16 * images + 4
-    try:
-        with path.open("rb") as file:
-            file.seek(-length, 2)
-            return layout.decode_shard_index(file.read(length), path)
-    except OSError as error:
-        raise CorruptStoreError(
-            f"{path} cannot be read ({error.strerror}); `featcache verify --repair` writes it again"
-        ) from None
-
-
 def write_group(path: Path) -> None:
     publish_json(path / "zarr.json", layout.group_metadata())

@@ -176,8 +176,8 @@ class Placement:
     rows_per_file: int
     row_bytes: int
     pitch_bytes: int
+    cure: str
     start_bytes: int = 0
-    cure: str = "`featcache verify STORE --repair` writes it again"
 
     def offset(self, row: int) -> int:
         """Where the row starts in its file."""
@@ -214,17 +214,9 @@ class ShardGeometry:
         return raw + google_crc32c.value(raw).to_bytes(4, "little")
 
 
-def decode_shard_index(raw: bytes, where: Path) -> np.ndarray[Any, Any]:
-    """The shard index as uint64[images, 2] of (offset, length); absent chunks are MISSING.
-
-    Raises CorruptStoreError where the crc32c does not match.
-    """
-    if google_crc32c.value(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
-        raise CorruptStoreError(
-            f"{where}: the shard index does not match its crc32c; `featcache verify --repair` "
-            "writes the shard again"
-        )
-    return np.frombuffer(raw[:-4], dtype="<u8").reshape(-1, 2)
+def repair_cure(root: Path) -> str:
+    """What to do about a damaged file of the store at `root`, for messages."""
+    return f"`featcache verify {root} --repair` writes it again"
 
 
 def features_path(layer: str) -> str:
@@ -362,6 +354,4 @@ def read_array(root: Path, name: str, checksum: str) -> np.ndarray[Any, Any]:
             return np.zeros(shape, dtype)
         return np.memmap(files[1], dtype, mode="r").reshape(shape)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptStoreError(
-            f"{path} is damaged ({error}); `featcache verify {root} --repair` writes it again"
-        ) from None
+        raise CorruptStoreError(f"{path} is damaged ({error}); {repair_cure(root)}") from None

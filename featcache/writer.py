@@ -307,23 +307,23 @@ class ShardBuffer:
 def zarr_placement(root: Path, spec: ShardSpec, array: str) -> Placement:
     """Where the rows of a Zarr store's array lie, by its name ("features/-2")."""
     kind, _, layer = array.partition("/")
+    images, cure = spec.images, layout.repair_cure(root)
     if kind == "features":
         geometry = spec.geometry(layer)
         row_bytes, pitch_bytes = geometry.chunk_bytes, geometry.pitch_bytes
         return Placement(
             lambda shard: root / layout.shard_path(layer, shard),
-            spec.images,
-            row_bytes,
-            pitch_bytes,
-        )
+            images, row_bytes, pitch_bytes, cure,
+        )  # fmt: skip
     if kind == "scales":
         row_bytes = spec.layers[layer].scale_bytes
         return Placement(
-            lambda shard: root / layout.scales_path(layer, shard), spec.images, row_bytes, row_bytes
-        )
+            lambda shard: root / layout.scales_path(layer, shard),
+            images, row_bytes, row_bytes, cure,
+        )  # fmt: skip
     row_bytes = spec.pooled_bytes
     return Placement(
-        lambda shard: root / layout.pooled_path(shard), spec.images, row_bytes, row_bytes
+        lambda shard: root / layout.pooled_path(shard), images, row_bytes, row_bytes, cure
     )
 
 

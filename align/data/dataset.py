@@ -195,40 +195,46 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
     missing: list[LeftOutRecord] = []
     joined, found = _load(files, images, template, store, unusable, missing, config.max_samples)
     records = [each.record if isinstance(each, Sample) else each for each in joined]
-    found_val = shared = 0
     if config.val_files:
         held_out = np.zeros(len(records), np.bool_)
-        joined_val, found_val = _load(
-            config.val_files, images, template, store, unusable, missing, None
-        )
-        val = [each for each in joined_val if isinstance(each, Sample)]
     else:
         held_out = hold_out(records, config.eval_ratio, config.seed)
-        val = [
-            each
-            for each, out in zip(joined, held_out, strict=True)
-            if out and isinstance(each, Sample)
-        ]
-    train = [
-        each
-        for each, out in zip(joined, held_out, strict=True)
-        if not out and isinstance(each, Sample)
-    ]
-    if config.val_files:
-        trained_on = {row for sample in train for row in sample.rows.tolist()}
-        shared = len(trained_on & {row for sample in val for row in sample.rows.tolist()})
-    left_out_records = unusable + missing
-    left_out = LeftOut.of(left_out_records)
+    train, val = _usable(joined, ~held_out), _usable(joined, held_out)
     if not train:
-        why = f"{left_out}" if left_out.total else "the files are empty"
+        left_out = LeftOut.of(unusable + missing)
+        why = str(left_out) if left_out.total else "the files are empty"
         cure = f"; {_how_to_add_features(store)}" if missing else ""
         raise DataError(
             f"{', '.join(map(str, files))}: none of {found:,} records can be trained on with "
             f"{store.path}: {why}{cure}"
         )
+    found_val = shared = 0
+    if config.val_files:
+        joined_val, found_val = _load(
+            config.val_files, images, template, store, unusable, missing, None
+        )
+        val = _usable(joined_val, np.ones(len(joined_val), np.bool_))
+        trained_on = {row for sample in train for row in sample.rows.tolist()}
+        shared = len(trained_on & {row for sample in val for row in sample.rows.tolist()})
     _require_features(len(train) + len(val), missing, config.max_missing, store)
-    division = _division(records, held_out)
-    return DataSplits(train, val, found + found_val, left_out, left_out_records, division, shared)
+    left_out_records = unusable + missing
+    return DataSplits(
+        train=train,
+        val=val,
+        found=found + found_val,
+        left_out=LeftOut.of(left_out_records),
+        left_out_records=left_out_records,
+        division=_division(records, held_out),
+        shared_images=shared,
+    )
+
+
+def _usable(joined: Sequence[Sample | Record], chosen: NDArray[np.bool_]) -> list[Sample]:
+    return [
+        each
+        for each, is_in in zip(joined, chosen, strict=True)
+        if is_in and isinstance(each, Sample)
+    ]
 
 
 def _division(records: Sequence[Record], held_out: NDArray[np.bool_]) -> str:
@@ -255,10 +261,13 @@ def _require_features(
 
 
 def _how_to_add_features(store: Store) -> str:
-    return (
-        f"to add features, run `featcache extract --out {store.path}` with this data "
-        f"(`featcache failures {store.path}` lists the images to mend first)"
-    )
+    listed = f"`featcache failures {store.path}` lists the images to mend first"
+    if store.path.is_file():
+        return (
+            f"to add features, run `featcache extract` with this data on the folder that it was "
+            f"converted from, and convert that again ({listed})"
+        )
+    return f"to add features, run `featcache extract --out {store.path}` with this data ({listed})"
 
 
 def num_held_out(samples: int, ratio: float) -> int:

@@ -545,7 +545,7 @@ def test_a_closed_store_leaves_no_file_open(fp16_h5: Path) -> None:
     assert count() == before
 
 
-def test_many_data_files_in_the_description(fp16: Path, tmp_path: Path) -> None:
+def test_many_feature_files_in_the_description(fp16: Path, tmp_path: Path) -> None:
     """HDF5 attributes in the object header end at 64 KB."""
     source = shutil.copytree(fp16, tmp_path / "a.zarr")
     store = Store(source)

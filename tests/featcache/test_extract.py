@@ -70,6 +70,7 @@ def test_what_an_extraction_reports(options: ExtractOptions) -> None:
         features=10,
         new=10,
         failures={},
+        first_failure=None,
         skipped={},
         preflight=preflight,
         seconds=0,
@@ -337,6 +338,8 @@ def test_the_ledger_accounts_for_every_image(options: ExtractOptions, tmp_path: 
     assert not result.ok
     assert (result.images, result.features) == (6, 1)
     assert result.failures == {"undecodable": 3, "too_large": 1, "missing": 1}
+    assert result.first_failure is not None
+    assert (result.first_failure.key, result.first_failure.reason) == ("0000.png", "undecodable")
     store = featcache.open(options.out)
     assert {f.key: f.reason for f in store.failures()} == {
         "0000.png": "undecodable",

@@ -27,7 +27,7 @@ from featcache.layout import StoreInfo
 from featcache.live import compare_live
 from featcache.repair import repair
 from featcache.verify import verify
-from tests.support import Killed, Publications, data_files, write_captions, write_images
+from tests.support import Killed, Publications, feature_files, write_captions, write_images
 
 COUNT = 6
 
@@ -82,7 +82,7 @@ def test_extraction_keeps_the_good_rows_of_a_damaged_shard(
     """Although their images are gone; a row that is really lost is tried again later."""
     options = replace(options, codec=codec)
     extract(options)
-    whole = data_files(options.out)
+    whole = feature_files(options.out)
     assert options.image_root is not None
     kept = options.image_root.rename(options.image_root.with_name("kept"))
     options.image_root.mkdir()
@@ -100,7 +100,7 @@ def test_extraction_keeps_the_good_rows_of_a_damaged_shard(
     with store.reader() as reader:
         reader.read(np.array([0, 1, 2, 4, 5]))
     assert verify(options.out).ok
-    assert lost or data_files(options.out) == whole
+    assert lost or feature_files(options.out) == whole
     options.image_root.rmdir()
     kept.rename(options.image_root)
     assert extract(options).failures == {}
@@ -125,7 +125,7 @@ def test_an_extraction_after_a_stopped_repair_loses_nothing(
             repair(store)
         assert extract(replace(options, out=store)).failures == {}
         assert repair(store).ok
-        assert data_files(store) == data_files(once)
+        assert feature_files(store) == feature_files(once)
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
@@ -223,10 +223,10 @@ def test_a_store_that_is_being_written_is_not_replaced(
     extract(options)
     out = tmp_path / "other.zarr"
     convert(options.out, out)
-    before = data_files(out)
+    before = feature_files(out)
     with locked(out), pytest.raises(StoreError, match="another process is writing"):
         convert(options.out, out, "int8", force=True)
-    assert data_files(out) == before
+    assert feature_files(out) == before
     convert(options.out, out, "int8", force=True)
     assert featcache.open(out).info.codec == "int8"
 

@@ -30,7 +30,7 @@ from featcache.files import seal_of
 from featcache.journal import Commit
 from featcache.live import COMPUTE_NOISE, compare_live
 from featcache.verify import verify
-from tests.support import Killed, Publications, data_files, write_images
+from tests.support import Killed, Publications, feature_files, write_images
 
 COUNT = 11
 BROKEN = "0004.png"
@@ -116,7 +116,7 @@ def test_a_problem_names_file_shard_rows_and_keys(options: ExtractOptions) -> No
 def test_damage_outside_the_rows_needs_no_encoder(
     options: ExtractOptions, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    whole = data_files(options.out)
+    whole = feature_files(options.out)
     if where == "failed row":
         spoil(options.out / "pooled/c/1/0", 3)  # slot 0 of shard 1 is BROKEN
     else:
@@ -128,7 +128,7 @@ def test_damage_outside_the_rows_needs_no_encoder(
     report = repair.repair(options.out)
     assert report.ok
     assert report.mended == (problem,)
-    assert data_files(options.out) == whole
+    assert feature_files(options.out) == whole
 
 
 def test_infinite_values_under_a_right_checksum(options: ExtractOptions) -> None:
@@ -199,20 +199,20 @@ def test_what_is_no_store(tmp_path: Path) -> None:
 def test_only_batches_with_a_bad_row_are_encoded(
     options: ExtractOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = data_files(options.out)
+    whole = feature_files(options.out)
     spoil(options.out / "features/-2/c/0/0/0", 4096)  # slot 1: with slot 0 in a batch
     spoil(options.out / "pooled/c/1/0", 48)  # slot 1: with BROKEN, so alone in its batch
     sizes = counted_batches(monkeypatch)
     assert repair.repair(options.out).ok
     assert sorted(sizes) == [1, 2]
-    assert data_files(options.out) == whole
+    assert feature_files(options.out) == whole
     assert verify(options.out).ok
 
 
 def test_a_bad_row_without_image_costs_no_good_row(options: ExtractOptions, tmp_path: Path) -> None:
     (tmp_path / "images/0005.png").unlink()
     (tmp_path / "images/0006.png").unlink()  # gone too, but its features are whole
-    before = data_files(options.out)
+    before = feature_files(options.out)
     spoil(options.out / "features/-2/c/1/0/0", 4096)  # row 5
     report = repair.repair(options.out)
     assert report.ok
@@ -224,7 +224,7 @@ def test_a_bad_row_without_image_costs_no_good_row(options: ExtractOptions, tmp_
     with store.reader() as reader:
         reader.read(np.array([6, 7]))
     assert verify(options.out).ok
-    after = data_files(options.out)
+    after = feature_files(options.out)
     assert {path for path in before if before[path] != after[path]} <= {
         "features/-2/c/1/0/0", "features/last/c/1/0/0", "pooled/c/1/0", "scales/-2/c/1/0",
         "scales/last/c/1/0",
@@ -234,19 +234,19 @@ def test_a_bad_row_without_image_costs_no_good_row(options: ExtractOptions, tmp_
 def test_a_lost_commit_record_is_told_by_the_index(
     options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, failures = data_files(options.out), featcache.open(options.out).failures()
+    whole, failures = feature_files(options.out), featcache.open(options.out).failures()
     (options.out / "journal/commit-00000001.json").unlink()
     shutil.rmtree(tmp_path / "images")
     without_encoder(monkeypatch)
     assert repair.repair(options.out).ok
-    assert data_files(options.out) == whole
+    assert feature_files(options.out) == whole
     assert featcache.open(options.out).failures() == failures
 
 
 def test_without_record_index_and_image_a_shard_stays_as_it_is(
     options: ExtractOptions, tmp_path: Path
 ) -> None:
-    whole = data_files(options.out)
+    whole = feature_files(options.out)
     (options.out / "journal/commit-00000000.json").unlink()
     shutil.rmtree(options.out / "index")
     image = tmp_path / "images/0002.png"
@@ -257,10 +257,10 @@ def test_without_record_index_and_image_a_shard_stays_as_it_is(
     assert "1 of its images cannot be found to encode them again (first: missing" in str(
         report.problems[0]
     )
-    assert data_files(options.out) == whole
+    assert feature_files(options.out) == whole
     (tmp_path / "elsewhere.png").rename(image)
     assert repair.repair(options.out).ok
-    assert data_files(options.out) == whole
+    assert feature_files(options.out) == whole
 
 
 def test_the_encoder_must_be_the_stores(
@@ -270,7 +270,7 @@ def test_the_encoder_must_be_the_stores(
     moved = shutil.copytree(encoder_dir, tmp_path / "moved")
     noisy = shutil.copytree(encoder_dir, tmp_path / "noisy")
     add_noise(noisy, 0.01)
-    whole = data_files(options.out)
+    whole = feature_files(options.out)
     spoil(options.out / "features/-2/c/0/0/0")
     (options.out / "journal/zarr.json").unlink()
     report = repair.repair(options.out, model=str(noisy))
@@ -280,7 +280,7 @@ def test_the_encoder_must_be_the_stores(
     with pytest.raises(FingerprintMismatch, match=r"encoder\.weights"):
         compare_live(options.out, 1, model=str(noisy))
     assert repair.repair(options.out, model=str(moved)).ok
-    assert data_files(options.out) == whole
+    assert feature_files(options.out) == whole
 
 
 def test_lost_channel_values_are_measured_again(encoder_dir: Path, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_lost_channel_values_are_measured_again(encoder_dir: Path, tmp_path: Pat
         codec="int8", shard_images=4, batch_size=2,
     )  # fmt: skip
     extract.extract(options)
-    whole = data_files(options.out)
+    whole = feature_files(options.out)
     for place in ("channels/-2", "journal/copy/channels/-2"):
         shutil.rmtree(options.out / place)
     image = (tmp_path / "images/0003.png").rename(tmp_path / "elsewhere.png")
@@ -303,31 +303,31 @@ def test_lost_channel_values_are_measured_again(encoder_dir: Path, tmp_path: Pat
     assert not (options.out / "channels/-2").exists()
     image.rename(tmp_path / "images/0003.png")
     assert repair.repair(options.out).ok
-    assert data_files(options.out) == whole
+    assert feature_files(options.out) == whole
 
 
 def test_images_that_were_moved(options: ExtractOptions, tmp_path: Path) -> None:
-    whole = data_files(options.out)
+    whole = feature_files(options.out)
     moved = (tmp_path / "images").rename(tmp_path / "moved")
     spoil(options.out / "features/-2/c/0/0/0")
     assert repair.repair(options.out, images=moved).notes == ()
-    assert data_files(options.out) == whole
+    assert feature_files(options.out) == whole
     assert compare_live(options.out, 3, images=moved).compared == 3
 
 
 def test_random_weights_are_encoded_again(options: ExtractOptions, tmp_path: Path) -> None:
     random = replace(options, random_weights=True, out=tmp_path / "random.zarr")
     extract.extract(random)
-    whole = data_files(random.out)
+    whole = feature_files(random.out)
     spoil(random.out / "features/-2/c/0/0/0")
     assert repair.repair(random.out).ok
-    assert data_files(random.out) == whole
+    assert feature_files(random.out) == whole
 
 
 def test_a_stop_at_any_publication_of_a_repair(
     options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = data_files(options.out)
+    whole = feature_files(options.out)
     rows = featcache.open(options.out).rows([f"{i:04d}.png" for i in range(COUNT)]).tolist()
     spoil(options.out / "features/-2/c/0/0/0")
     (options.out / "journal/commit-00000001.json").write_bytes(b"{")
@@ -349,7 +349,7 @@ def test_a_stop_at_any_publication_of_a_repair(
         with publications.stopped(after=last), pytest.raises(Killed):
             repair.repair(store)
         assert repair.repair(store).ok
-        assert data_files(store) == whole
+        assert feature_files(store) == whole
         assert verify(store).ok
         assert featcache.open(store).rows([f"{i:04d}.png" for i in range(COUNT)]).tolist() == rows
         assert not list(store.rglob(".partial-*"))
@@ -497,7 +497,7 @@ def test_the_command(
     assert (code, document["ok"], len(document["problems"])) == (1, False, 1)
     assert document["problems"][0]["rows"] == [0]
     assert "problem: features/-2/c/0/0/0: is not what was written" in err
-    assert f"error: 1 problems; `featcache verify {store} --repair` mends them" in err
+    assert f"error: 1 problem; `featcache verify {store} --repair` mends all" in err
     assert "Traceback" not in err
 
     code, document, err = command("--repair")

@@ -14,6 +14,7 @@ import featcache
 from align.data.dataset import DataConfig, LeftOut, build_splits, hold_out, num_held_out
 from align.data.templates import TemplateConfig
 from align.errors import DataError
+from featcache.convert import convert
 from featcache.extract import ExtractOptions, extract
 from featcache.manifests import Record, Turn
 from featcache.store import Store
@@ -244,6 +245,26 @@ def test_nothing_to_train_on_names_the_cure(store: Store, tmp_path: Path, jsonl:
         build_splits(DataConfig([data], max_missing=1), CAPTION, store)
     assert f"run `featcache extract --out {store.path}` with this data" in str(caught.value)
     assert "max_missing" not in str(caught.value)
+
+
+def test_an_hdf5_store_is_not_said_to_be_extended(
+    store: Store, tmp_path: Path, jsonl: Jsonl
+) -> None:
+    convert(store.path, tmp_path / "store.h5")
+    data = str(jsonl(tmp_path / "data.jsonl", lines_of(good=0, gone=2)))
+    with pytest.raises(DataError) as caught:
+        build_splits(DataConfig([data]), CAPTION, Store(tmp_path / "store.h5"))
+    assert "on the folder that it was converted from, and convert that again" in str(caught.value)
+    assert "--out" not in str(caught.value)
+
+
+def test_records_held_out_do_not_count_as_left_out_of_training(
+    store: Store, tmp_path: Path, jsonl: Jsonl
+) -> None:
+    data = str(jsonl(tmp_path / "data.jsonl", lines_of(good=0, gone=2)))
+    held = str(jsonl(tmp_path / "val.jsonl", lines_of(good=0, gone=3, prefix="v")))
+    with pytest.raises(DataError, match=r"none of 2 records can be .*: 2 image not in the store"):
+        build_splits(DataConfig([data], val_files=[held]), CAPTION, store)
 
 
 def test_images_without_text_cannot_be_trained_on(store: Store, world: Path) -> None:
