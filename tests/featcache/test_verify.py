@@ -489,8 +489,8 @@ def test_the_command(
     code, document, err = command("--live", "2")
     assert (code, document["ok"], document["problems"]) == (0, True, [])
     assert document["live"]["compared"] == 2
-    assert f"{store}: 10 images in 3 shards of 1 generations" in err
-    assert "live: 2 images encoded again; largest relative error: -2 " in err
+    assert f"{store}: 10 images in 3 shards of 1 generation," in err
+    assert "live: 2 images encoded again; largest relative error: layer -2: " in err
 
     spoil(options.out / "features/-2/c/0/0/0")
     code, document, err = command()
