@@ -19,7 +19,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -122,7 +122,7 @@ def convert(
         _require_free(store, out, to_hdf5, force)
         work = _Conversion(store, get_codec(codec or store.info.codec), on_progress)
         # Where a symbolic link leads, not in its place.
-        (_to_hdf5 if to_hdf5 else _to_zarr)(work, out.resolve())
+        (_to_hdf5 if to_hdf5 else _to_zarr)(work, _place(out))
     except OSError as error:
         raise _write_error(out, error, to_hdf5) from error
     lost = work.status[(store.index.status == Status.OK) & (work.status != Status.OK)]
@@ -143,9 +143,16 @@ def convert(
     )
 
 
+def _place(out: Path) -> Path:
+    """Where symbolic links lead. Raises OSError where they lead in a circle."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        out.stat()
+    return out.resolve()
+
+
 def _require_free(store: Store, out: Path, to_hdf5: bool, force: bool) -> None:
-    """Raises StoreError where `out` must not be written."""
-    source, place = store.path.resolve(), out.resolve()
+    """Raises StoreError where `out` must not be written, OSError where it cannot be a place."""
+    source, place = store.path.resolve(), _place(out)
     if place == source or source in place.parents or place in source.parents:
         raise StoreError(f"{out} is, holds or is inside the store to convert; choose another place")
     if not out.exists():

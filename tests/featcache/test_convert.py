@@ -332,6 +332,11 @@ def test_what_is_never_replaced(fp16: Path, fp16_h5: Path, tmp_path: Path) -> No
     with pytest.raises(StoreError, match="exists and is no HDF5 file"):
         convert(fp16, tmp_path / "thesis.h5", force=True)
     assert (tmp_path / "thesis.h5").read_text() == "chapter one"
+    for name in ("circle", "circle.h5"):
+        (tmp_path / name).symlink_to(name)
+        with pytest.raises(StoreError, match=rf"{name}: cannot write \(Too many levels of symb"):
+            convert(fp16, tmp_path / name, force=True)
+        assert (tmp_path / name).is_symlink()
 
 
 @pytest.mark.parametrize("name", ["b.zarr", "b.h5"])
