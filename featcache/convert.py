@@ -48,7 +48,7 @@ from featcache.extract import (
     write_channels,
 )
 from featcache.files import PARTIAL, publish, publish_json, read_json, sync
-from featcache.hdf5 import is_hdf5, writing
+from featcache.hdf5 import Hdf5Form, is_hdf5, writing
 from featcache.index import build_arrays_from, checksummed, enter_index, publish_index
 from featcache.journal import Commit, Journal, Plan, locked, num_rows
 from featcache.layout import Status, StoreInfo
@@ -160,12 +160,20 @@ def _require_free(store: Store, out: Path, to_hdf5: bool, force: bool) -> None:
     if not force:
         raise StoreError(f"{out} exists; choose another place, or replace it with --force")
     if to_hdf5:
-        ours = out.is_file() and is_hdf5(out)
+        ours = out.is_file() and is_hdf5(out) and Hdf5Form(out).may_be_store()
     else:
-        ours = (out / "zarr.json").exists() or (out / "journal" / "lock").exists()
+        ours = (out / "journal" / "lock").exists() or _is_described(out)
     if not ours:
-        kind = "HDF5 file" if to_hdf5 else "Zarr store"
+        kind = "HDF5 file of featcache" if to_hdf5 else "Zarr store of featcache"
         raise StoreError(f"{out} exists and is no {kind}; choose another place or remove it")
+
+
+def _is_described(out: Path) -> bool:
+    """Whether a folder is a Zarr group that says it is a store, rightly or not."""
+    try:
+        return "featcache" in read_json(out / "zarr.json")["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _write_error(out: Path, error: OSError, to_hdf5: bool) -> StoreError:
