@@ -28,7 +28,13 @@ SHOWN_PROBLEMS = 50
     metavar="N",
     help="Encode N random images again and compare what is stored.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the choice of --live.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the choice of --live.",
+)
 @click.option("--model", help="The store's encoder by another name or folder, if it has moved.")
 @click.option("--images", type=Path, help="Where the images lie now, if they have moved.")
 @click.option("--device", help="Of --live: cpu, cuda, cuda:1 [as the store was made].")

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ from featcache.extract import (
     write_channels,
 )
 from featcache.files import PARTIAL, publish, publish_json, read_json, sync
-from featcache.hdf5 import is_hdf5, writing
+from featcache.hdf5 import Hdf5Form, is_hdf5, writing
 from featcache.index import build_arrays_from, checksummed, enter_index, publish_index
 from featcache.journal import Commit, Journal, Plan, locked, num_rows
 from featcache.layout import Status, StoreInfo
@@ -122,7 +122,7 @@ def convert(
         _require_free(store, out, to_hdf5, force)
         work = _Conversion(store, get_codec(codec or store.info.codec), on_progress)
         # Where a symbolic link leads, not in its place.
-        (_to_hdf5 if to_hdf5 else _to_zarr)(work, out.resolve())
+        (_to_hdf5 if to_hdf5 else _to_zarr)(work, _place(out))
     except OSError as error:
         raise _write_error(out, error, to_hdf5) from error
     lost = work.status[(store.index.status == Status.OK) & (work.status != Status.OK)]
@@ -143,9 +143,16 @@ def convert(
     )
 
 
+def _place(out: Path) -> Path:
+    """Where symbolic links lead. Raises OSError where they lead in a circle."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        out.stat()
+    return out.resolve()
+
+
 def _require_free(store: Store, out: Path, to_hdf5: bool, force: bool) -> None:
-    """Raises StoreError where `out` must not be written."""
-    source, place = store.path.resolve(), out.resolve()
+    """Raises StoreError where `out` must not be written, OSError where it cannot be a place."""
+    source, place = store.path.resolve(), _place(out)
     if place == source or source in place.parents or place in source.parents:
         raise StoreError(f"{out} is, holds or is inside the store to convert; choose another place")
     if not out.exists():
@@ -153,12 +160,20 @@ def _require_free(store: Store, out: Path, to_hdf5: bool, force: bool) -> None:
     if not force:
         raise StoreError(f"{out} exists; choose another place, or replace it with --force")
     if to_hdf5:
-        ours = out.is_file() and is_hdf5(out)
+        ours = out.is_file() and is_hdf5(out) and Hdf5Form(out).may_be_store()
     else:
-        ours = (out / "zarr.json").exists() or (out / "journal" / "lock").exists()
+        ours = (out / "journal" / "lock").exists() or _is_described(out)
     if not ours:
-        kind = "HDF5 file" if to_hdf5 else "Zarr store"
+        kind = "HDF5 file of featcache" if to_hdf5 else "Zarr store of featcache"
         raise StoreError(f"{out} exists and is no {kind}; choose another place or remove it")
+
+
+def _is_described(out: Path) -> bool:
+    """Whether a folder is a Zarr group that says it is a store, rightly or not."""
+    try:
+        return "featcache" in read_json(out / "zarr.json")["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _write_error(out: Path, error: OSError, to_hdf5: bool) -> StoreError:

@@ -158,10 +158,11 @@ class ShardEncoder:
             yield done, failed
 
     def again(self, plan: Plan, buffer: ShardBuffer, slots: Collection[int]) -> None:
-        """Encode these slots of a loaded shard once more, in the batches that they were encoded in,
-        and leave the others as they are. Nothing is written.
+        """Encode these slots of a loaded shard once more, each in its batch of the plan, and leave
+        the others as they are. Nothing is written.
 
-        What cannot be encoded, or found, any more becomes a failed row.
+        A row that had no pixels for its batch is no part of it now either, unless it is one of
+        `slots`. What cannot be encoded, or found, any more becomes a failed row.
         """
         fresh = ShardBuffer(buffer.spec)
         fresh.clear(buffer.shard)
@@ -170,7 +171,7 @@ class ShardEncoder:
 
         def load(slot: int) -> _Loaded:
             row = buffer.rows[slot]
-            if row.status in NOT_IN_A_BATCH:
+            if slot not in slots and row.status in NOT_IN_A_BATCH:
                 return _Loaded(None, row.size, Status(row.status), row.detail, 0.0)
             return load_pixels(self._encoder, self._sources, first_row + slot, digests[slot])
 

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from featcache.errors import IncompleteStoreError
+from featcache.errors import IncompleteStoreError, StoreError
 from featcache.files import Seal
 from featcache.index import compile_index, is_current, remove_old
 from featcache.journal import Commit, Journal, RowRecord, locked, merge
 from featcache.layout import Status, StoreInfo
-from featcache.store import shard_spec
+from featcache.store import form_of, shard_spec
 from featcache.writer import ShardBuffer, ShardSpec, write_error
 
 
@@ -55,9 +55,15 @@ def collect(
     """Free the rows of the store at `root` that no image key means any more.
 
     on_progress: called with (shards done, of how many).
-    Raises StoreError (no store, or another process is writing it), IncompleteStoreError where an
-    extraction has not finished, CorruptStoreError for a damaged journal.
+    Raises StoreError (no store in a folder, or another process is writing it),
+    IncompleteStoreError where an extraction has not finished, CorruptStoreError for a damaged
+    journal.
     """
+    if form_of(root).path.is_file():
+        raise StoreError(
+            f"{root} is an HDF5 file, which is never changed; run `featcache gc` on a store in a "
+            "folder, and `featcache convert` that again"
+        )
     StoreInfo.load(root)  # before the lock, which would make a folder
     if dry_run:
         info, journal = _finished(root)

@@ -105,6 +105,13 @@ class Hdf5Form(StoreForm):
                 raise self._damaged(f"it ends before {name} does")
         return StoreInfo.parse(attributes)
 
+    def may_be_store(self) -> bool:
+        """False for a whole HDF5 file of something else; a damaged one cannot tell."""
+        try:
+            return self._structure()[0] is not None
+        except CorruptStoreError:
+            return True
+
     def _structure(self) -> tuple[dict[str, Any] | None, dict[str, _Extent]]:
         """The attribute "featcache" and all datasets. Raises CorruptStoreError."""
         extents: dict[str, _Extent] = {}

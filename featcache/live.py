@@ -37,8 +37,9 @@ MARGIN = 4.0
 @dataclass(frozen=True, slots=True)
 class LiveReport:
     """asked: images drawn; compared: of them encoded again. not_compared: a line for each other.
-    worst: {layer or "pooled": the largest relative L2 error of an image}. tolerance: the smallest
-    that applied to it. wrong: a line for each output of an image that is beyond its own.
+    worst, tolerance: {layer or "pooled": the relative L2 error of the image that came nearest to
+    its tolerance, or went furthest beyond it; and that tolerance}. wrong: a line for each output of
+    an image that is beyond its own.
     """
 
     asked: int
@@ -135,8 +136,8 @@ def compare_live(
             relative = distance / norm if norm else distance
             rounded = sum(_rounding(codec, live, pooled=name == "pooled") for codec in before)
             bound = tolerance(live, again, noise + rounded)
-            allowed[name] = min(allowed.get(name, bound), bound)
-            worst[name] = max(worst.get(name, 0.0), relative)
+            if name not in worst or relative / bound > worst[name] / allowed[name]:
+                worst[name], allowed[name] = relative, bound
             if not relative <= bound:
                 output = "pooled output" if name == "pooled" else f"layer {name}"
                 wrong.append(

@@ -203,6 +203,8 @@ def _record(entry: Any, origin: str, root: Path) -> Record:
     if not all(_is_utf8(turn.text) for turn in turns):
         raise _UnusableError("its text holds half a surrogate pair")
     identity = entry.get("id")
+    if not _is_utf8(str(identity)):
+        raise _UnusableError("its id holds half a surrogate pair")
     source = entry.get("source")
     return Record(
         id=str(identity) if identity is not None else origin,

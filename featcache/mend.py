@@ -83,16 +83,14 @@ class ShardMender:
         """
         buffer = self.buffer
         bad = buffer.load(self._root, shard, rows)
-        again = [
-            slot
-            for slot, row in enumerate(rows)
-            if slot in bad or (retry and row.status in WITHOUT_ANSWER)
-        ]
-        if again:
-            self._encoder().again(plan, buffer, again)
-            for slot in again:
-                if slot not in bad and buffer.rows[slot].status in WITHOUT_ANSWER:
-                    buffer.rows[slot] = rows[slot]
+        retried = [slot for slot, row in enumerate(rows) if retry and row.status in WITHOUT_ANSWER]
+        # The bad ones first: their batches were without what had failed.
+        for slots in (bad, retried):
+            if slots:
+                self._encoder().again(plan, buffer, slots)
+        for slot in retried:
+            if buffer.rows[slot].status in WITHOUT_ANSWER:
+                buffer.rows[slot] = rows[slot]
         commit = Commit.load_record(self._root, shard)
         if commit is None:
             buffer.publish(self._root)

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import zarr
 from transformers import SiglipVisionModel
 
 import featcache
@@ -327,11 +328,23 @@ def test_what_is_never_replaced(fp16: Path, fp16_h5: Path, tmp_path: Path) -> No
             convert(source, out, force=True)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis.h5").write_text("chapter one")
-    with pytest.raises(StoreError, match="exists and is no Zarr store; choose another place or re"):
+    with pytest.raises(StoreError, match="exists and is no Zarr store of featcache; choose ano"):
         convert(fp16, tmp_path / "thesis", force=True)
     with pytest.raises(StoreError, match="exists and is no HDF5 file"):
         convert(fp16, tmp_path / "thesis.h5", force=True)
     assert (tmp_path / "thesis.h5").read_text() == "chapter one"
+    zarr.create_group(tmp_path / "foreign.zarr", attributes={"of": "another program"})
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["a"] = [1, 2]
+    for name in ("foreign.zarr", "foreign.h5"):
+        with pytest.raises(StoreError, match=rf"{name} exists and is no .* of featcache"):
+            convert(fp16, tmp_path / name, force=True)
+        assert (tmp_path / name).exists()
+    for name in ("circle", "circle.h5"):
+        (tmp_path / name).symlink_to(name)
+        with pytest.raises(StoreError, match=rf"{name}: cannot write \(Too many levels of symb"):
+            convert(fp16, tmp_path / name, force=True)
+        assert (tmp_path / name).is_symlink()
 
 
 @pytest.mark.parametrize("name", ["b.zarr", "b.h5"])
@@ -577,6 +590,7 @@ PEAK_BYTES = """
 import sys
 from pathlib import Path
 import torch
+import zarr
 torch.set_num_threads(1)
 from featcache.convert import convert
 source, out, codec = sys.argv[1:]

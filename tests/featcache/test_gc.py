@@ -14,6 +14,7 @@ import torch
 import featcache
 from cli import console
 from cli.featcache import group
+from featcache.convert import convert
 from featcache.errors import CorruptStoreError, IncompleteStoreError, StoreError
 from featcache.extract import ExtractOptions, extract
 from featcache.files import seal_of
@@ -250,6 +251,12 @@ def test_an_unfinished_store_and_a_busy_one(
 
 
 @pytest.mark.parametrize("options", ["int8"], indirect=True)  # has every kind of file
+def test_an_hdf5_file_is_refused(options: ExtractOptions, tmp_path: Path) -> None:
+    convert(options.out, tmp_path / "store.h5")
+    with pytest.raises(StoreError, match=r"store\.h5 is an HDF5 file.*`featcache convert` that"):
+        collect(tmp_path / "store.h5", dry_run=True)
+
+
 def test_an_old_index_is_brought_up_to_date_before_rows_go(
     options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

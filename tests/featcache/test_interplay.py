@@ -107,6 +107,31 @@ def test_extraction_keeps_the_good_rows_of_a_damaged_shard(
     assert extract(options).new == 0
 
 
+@pytest.mark.parametrize("status", ["missing", "changed"])
+def test_a_damaged_shard_gets_the_images_that_are_back(
+    options: ExtractOptions, status: str
+) -> None:
+    """An extraction that mends a shard also encodes what a repair could not find: in one run."""
+    extract(options)
+    whole = feature_files(options.out)
+    assert options.image_root is not None
+    image, shard = options.image_root / "0001.png", options.out / "features/-2/c/0/0/0"
+    pitch = featcache.open(options.out).spec.geometry("-2").pitch_bytes
+    content = image.read_bytes()
+    spoil(shard, pitch)
+    if status == "missing":
+        image.unlink()
+    else:
+        image.write_bytes(b"another")
+    repair(options.out)
+    assert [failure.reason for failure in featcache.open(options.out).failures()] == [status]
+    image.write_bytes(content)
+    os.truncate(shard, pitch)
+    result = extract(options)
+    assert (result.new, result.failures) == (4, {})
+    assert feature_files(options.out) == whole
+
+
 def test_an_extraction_after_a_stopped_repair_loses_nothing(
     options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,6 +164,7 @@ def test_text_that_is_no_unicode_is_skipped(tmp_path: Path) -> None:
     lines = [
         {"image": "\ud800.png", "caption": "a"},
         {"image": "1.png", "caption": "half \udc00"},
+        {"id": "\ud800", "image": "2.png", "caption": "a"},
         {"image": "ok.png", "caption": "b"},
     ]
     manifest = read_manifest([written(tmp_path, "x.jsonl", lines)])
@@ -171,6 +172,7 @@ def test_text_that_is_no_unicode_is_skipped(tmp_path: Path) -> None:
     assert [s.reason for s in manifest.skipped] == [
         "the image path '\\ud800.png' holds a character that is no text",
         "its text holds half a surrogate pair",
+        "its id holds half a surrogate pair",
     ]
 
 

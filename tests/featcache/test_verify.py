@@ -29,6 +29,7 @@ from featcache.extract import ExtractOptions
 from featcache.files import seal_of
 from featcache.journal import Commit
 from featcache.live import COMPUTE_NOISE, compare_live
+from featcache.store import Store
 from featcache.verify import verify
 from tests.support import Killed, Publications, feature_files, write_images
 
@@ -454,6 +455,31 @@ def test_images_that_are_gone_are_not_compared(options: ExtractOptions, tmp_path
         ["row 3 (0003.png)", " missing"],
         ["row 5 (0005.png)", " changed"],
     ]
+
+
+def test_an_error_is_told_beside_the_tolerance_of_its_own_image(
+    options: ExtractOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images have tolerances of their own: the smallest of all says nothing of another's error."""
+    stored = live._stored
+
+    def off(store: Store, row: int) -> dict[str, torch.Tensor]:
+        error, bound = (0.1, 0.2) if row == 0 else (0.01, 0.015)
+        monkeypatch.setattr(live, "tolerance", lambda *_: bound)
+        return {name: values * (1 + error) for name, values in stored(store, row).items()}
+
+    monkeypatch.setattr(live, "_stored", off)
+    report = compare_live(options.out, 100)
+    assert report.wrong == ()
+    for name, worst in report.worst.items():
+        assert (worst, report.tolerance[name]) == pytest.approx((0.01, 0.015), rel=0.05)
+
+
+def test_a_seed_below_zero_is_wrong_usage(
+    options: ExtractOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(group, ["verify", str(options.out), "--live", "1", "--seed", "-1"]) == 2
+    assert "'--seed': -1 is not in the range x>=0" in capsys.readouterr().err
 
 
 def test_tolerance_follows_noise_and_codec() -> None:
