@@ -36,7 +36,11 @@ SHOWN_PROBLEMS = 50
     help="Of the choice of --live.",
 )
 @click.option("--model", help="The store's encoder by another name or folder, if it has moved.")
-@click.option("--images", type=Path, help="Where the images lie now, if they have moved.")
+@click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where the images lie now, if they have moved.",
+)
 @click.option("--device", help="Of --live: cpu, cuda, cuda:1 [as the store was made].")
 @click.option(
     "--workers", type=click.IntRange(1), default=2, show_default=True, help="Reading threads."
@@ -89,10 +93,15 @@ def _show(report: VerifyReport, repair: bool) -> None:
         console.say(f"note: {note}")
     for problem in report.mended[:SHOWN_PROBLEMS]:
         console.say(f"mended: {problem}")
+    for line in report.lost[:SHOWN_PROBLEMS]:
+        console.say(f"lost: {line}")
     for problem in report.problems[:SHOWN_PROBLEMS]:
         cure = f"; --repair {problem.cure}" if problem.cure and not repair else ""
         console.say(f"problem: {problem}{cure}")
-    for name, listed in (("notes", report.notes), ("problems", report.problems)):
+    for name, listed in (
+        ("notes", report.notes), ("mended", report.mended),
+        ("lost", report.lost), ("problems", report.problems),
+    ):  # fmt: skip
         if len(listed) > SHOWN_PROBLEMS:
             console.say(f"{len(listed) - SHOWN_PROBLEMS:,} more {name}; --json lists them")
     rate = report.nbytes / report.seconds if report.seconds else 0
@@ -106,15 +115,22 @@ def _show(report: VerifyReport, repair: bool) -> None:
         mended = f"; {console.count(len(report.mended), 'problem')} mended" if report.mended else ""
         console.say(f"whole{mended}")
         return
-    if repair:
+    if report.lost:
+        console.fail(
+            f"{console.count(len(report.lost), 'image')} lost their features (`featcache failures "
+            f"{report.path}` lists them); bring the image files back and run `featcache extract` "
+            "again"
+        )
+    if repair and report.problems:
         console.fail(f"{console.count(len(report.problems), 'problem')} could not be mended")
+    if repair:
         return
-    cure = (
-        f"`featcache verify {report.path} --repair` mends "
-        + ("all" if all(problem.cure for problem in report.problems) else "some")
-        if any(problem.cure for problem in report.problems)
-        else "nothing can mend that"
-    )
+    curable = sum(bool(problem.cure) for problem in report.problems)
+    if curable:
+        how_many = "all" if curable == len(report.problems) else "some"
+        cure = f"`featcache verify {report.path} --repair` mends {how_many}"
+    else:
+        cure = "nothing can mend that; take another copy, or make it again"
     console.fail(f"{console.count(len(report.problems), 'problem')}; {cure}")
 
 

@@ -49,7 +49,7 @@ from featcache.extract import (
 )
 from featcache.files import PARTIAL, publish, publish_json, read_json, sync
 from featcache.hdf5 import Hdf5Form, is_hdf5, writing
-from featcache.index import build_arrays_from, checksummed, enter_index, publish_index
+from featcache.index import build_arrays_from, enter_index, publish_index
 from featcache.journal import Commit, Journal, Plan, locked, num_rows
 from featcache.layout import Status, StoreInfo
 from featcache.store import Store
@@ -117,7 +117,7 @@ def convert(
     """
     start = time.monotonic()
     store = Store(source)
-    to_hdf5 = out.suffix in HDF5_SUFFIXES
+    to_hdf5 = out.suffix.lower() in HDF5_SUFFIXES
     try:
         _require_free(store, out, to_hdf5, force)
         work = _Conversion(store, get_codec(codec or store.info.codec), on_progress)
@@ -260,7 +260,7 @@ class _Conversion:
         """
         store = self.store
         commit = store.form.commit(shard)
-        self._require_indexed(shard, commit)
+        store.require_indexed(commit)
         if self._buffer is None:
             self._buffer = ShardBuffer(store.spec)
         placement = partial(store.form.placement, store.spec)
@@ -277,17 +277,6 @@ class _Conversion:
             self._recoder = _Recoder(self.spec)
         self._recoder.recode(self._buffer)
         return self._recoder.buffer, replace(commit, files={})
-
-    def _require_indexed(self, shard: int, commit: Commit) -> None:
-        index, first = self.store.index, shard * self.store.spec.images
-        for row, record in enumerate(commit.rows[: self.rows - first], first):
-            sums = {name: int(index.checksums[name][row]) for name in checksummed(self.store.info)}
-            is_ok = record.status == Status.OK
-            if index.status[row] != record.status or (is_ok and sums != record.checksums):
-                raise StoreError(
-                    f"{self.store.path} was changed while it was read, or what changed it was "
-                    "stopped; let that finish, then run the same command again"
-                )
 
     def note(self, commit: Commit, planned: int, *, resumed: bool = False) -> None:
         """Enter a shard that is in place. planned: how many of its images are."""
@@ -413,10 +402,7 @@ class _Recoder:
 
 def _to_hdf5(work: _Conversion, out: Path) -> None:
     """Raises StoreError, CorruptStoreError, OSError."""
-    row_bytes = work.spec.pooled_bytes + sum(
-        coded.code_bytes + coded.scale_bytes for coded in work.spec.layers.values()
-    )
-    work.begin(out, work.rows * (row_bytes + BOOKKEEPING_BYTES_PER_ROW))
+    work.begin(out, work.rows * (work.spec.image_bytes + BOOKKEEPING_BYTES_PER_ROW))
     with writing(out, work.spec, work.rows) as writer:
         for shard, count in work.shards():
             buffer, commit = work.read(shard)

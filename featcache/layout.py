@@ -146,9 +146,10 @@ class StoreInfo:
                 f"`featcache verify {root} --repair` restores it"
             ) from None
         if version != FORMAT_VERSION:
+            doubt = f"; if none newer wrote it, {repair_cure(root)}" if not sealed else ""
             raise StoreError(
                 f"{root} has store format {version}, this featcache reads {FORMAT_VERSION}; "
-                "upgrade featcache or extract again"
+                f"upgrade featcache or extract again{doubt}"
             )
         if not sealed:
             raise CorruptStoreError(
@@ -336,13 +337,13 @@ def array_checksum(values: np.ndarray[Any, Any]) -> str:
     return checksum.hexdigest()
 
 
-def read_array(root: Path, name: str, checksum: str) -> np.ndarray[Any, Any]:
-    """What `write_array(root / name, ...)` wrote, mapped read-only after it was read through once:
-    what was changed on disk is not believed, and no memory is taken.
+def map_array(path: Path, checksum: str) -> np.ndarray[Any, Any]:
+    """What `write_array(path, ...)` wrote, mapped read-only after it was read through once: what
+    was changed on disk is not believed, and no memory is taken.
 
-    Raises CorruptStoreError where metadata or bytes are missing or not those of `checksum`.
+    Raises ValueError where metadata or bytes are missing or not those of `checksum`; its text says
+    of the array what is wrong.
     """
-    path = root / name
     try:
         metadata = read_json(path / "zarr.json")
         shape, dtype = tuple(metadata["shape"]), np.dtype(metadata["data_type"]).newbyteorder("<")
@@ -353,5 +354,17 @@ def read_array(root: Path, name: str, checksum: str) -> np.ndarray[Any, Any]:
         if not math.prod(shape):
             return np.zeros(shape, dtype)
         return np.memmap(files[1], dtype, mode="r").reshape(shape)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptStoreError(f"{path} is damaged ({error}); {repair_cure(root)}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError("is missing, or a part of it") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"is damaged ({error})") from None
+
+
+def read_array(root: Path, name: str, checksum: str) -> np.ndarray[Any, Any]:
+    """`map_array` of the store at `root`. Raises CorruptStoreError."""
+    try:
+        return map_array(root / name, checksum)
+    except ValueError as error:
+        raise CorruptStoreError(f"{root / name} {error}; {repair_cure(root)}") from None

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featcache import layout
 from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.encode import load_pixels
 from featcache.errors import CorruptStoreError
 from featcache.fingerprint import fingerprint, require_same
-from featcache.journal import Journal, key_of
+from featcache.journal import key_of
 from featcache.layout import Status
 from featcache.repair import encoder_of, sources_of
 from featcache.store import Store, codecs_before
@@ -88,7 +87,7 @@ def compare_live(
     FingerprintMismatch where it is another one than the store names.
     """
     store = Store(root)
-    plans = Journal.load(root, store.info.generation).plans
+    plans = store.plans
     encoder = encoder_of(store.info, model, device)
     stated, ours = store.info.fingerprint, fingerprint(encoder)
     require_same(
@@ -181,14 +180,13 @@ def _stored(store: Store, row: int) -> dict[str, Tensor]:
         with store.reader(name, threads=1, depth=1) as reader:
             found[name] = reader.read(np.array([row]), torch.float32)
     if store.info.pooled:
-        shard, slot = divmod(row, store.info.shard_images)
-        path, dtype = store.path / layout.pooled_path(shard), store.codec.pooled_dtype
-        nbytes = store.width * dtype.itemsize
+        where = store.form.placement(store.spec, "pooled")
+        path = where.paths(row // where.rows_per_file)
         try:
-            raw = np.fromfile(path, np.uint8, nbytes, offset=slot * nbytes)
+            raw = np.fromfile(path, np.uint8, where.row_bytes, offset=where.offset(row))
         except OSError as error:
             raise CorruptStoreError(f"{path}: {error.strerror}") from None
-        if len(raw) < nbytes:
+        if len(raw) < where.row_bytes:
             raise CorruptStoreError(f"{path} is truncated")
-        found["pooled"] = torch.from_numpy(raw).view(dtype).float()[None]
+        found["pooled"] = torch.from_numpy(raw).view(store.codec.pooled_dtype).float()[None]
     return found

@@ -30,7 +30,7 @@ from featcache.journal import Journal, Plan, RowRecord, key_of, locked, num_rows
 from featcache.layout import Status, StoreInfo, array_checksum, write_array
 from featcache.mend import ShardMender
 from featcache.planning import RETRIED
-from featcache.store import codecs_before, shard_spec
+from featcache.store import codecs_before, form_of, shard_spec
 from featcache.verify import (
     RECOMPILE,
     Inspection,
@@ -38,7 +38,7 @@ from featcache.verify import (
     VerifyProgress,
     VerifyReport,
     inspect,
-    require_store,
+    require_folder,
 )
 from featcache.writer import write_error
 
@@ -60,7 +60,9 @@ def repair(
     Raises StoreError as `verify`, and where the store cannot be written.
     """
     start = time.monotonic()
-    require_store(root)
+    if (form := form_of(root)).path.is_file():
+        raise StoreError(f"{root} is an HDF5 file, which cannot be mended; {form.cure}")
+    require_folder(root)
     try:
         with locked(root):
             report = _repair(root, workers, model, images, on_progress)
@@ -83,6 +85,7 @@ def _repair(
         publish(root / path, [content])
     reasons: dict[int | str | None, str] = {}
     notes: list[str] = []
+    lost: list[str] = []
     if found.plans_whole:
         # Before any commit record is replaced: from here on the index can stand in for one.
         _compile(found, info)
@@ -97,12 +100,13 @@ def _repair(
             for done, (shard, plan) in enumerate(sorted(found.shards.items())):
                 on_progress(VerifyProgress("repair", done, len(found.shards)))
                 try:
-                    notes += work.mend(plan, shard)
+                    work.mend(plan, shard)
                 except FeatcacheError as error:
                     if isinstance(error.__cause__, OSError):
                         raise
                     reasons[shard] = str(error)
             on_progress(VerifyProgress("repair", len(found.shards), len(found.shards)))
+        notes, lost = work.notes, work.lost
     after = inspect(root, workers, only=frozenset(found.shards))
     if after.index_known and any(problem.cure == RECOMPILE for problem in after.problems):
         _compile(after, info)
@@ -118,6 +122,7 @@ def _repair(
         report,
         problems=tuple(left),
         mended=tuple(problem for problem in found.problems if problem.where not in still),
+        lost=tuple(lost),
         notes=(*notes, *after.notes),
         images=after.images,
     )
@@ -131,7 +136,11 @@ def _compile(found: Inspection, info: StoreInfo) -> None:
 
 
 class _ShardRepair:
-    """Writes damaged shards again. Use as a context manager."""
+    """Writes damaged shards again. Use as a context manager.
+
+    lost: a line for each damaged row that could not be encoded again; notes: for each that is not
+    what it was for another reason.
+    """
 
     def __init__(
         self,
@@ -147,6 +156,8 @@ class _ShardRepair:
         self._encoder: Encoder | FeatcacheError | None = None
         self._work: ShardEncoder | None = None
         self._stack = ExitStack()
+        self.notes: list[str] = []
+        self.lost: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -159,19 +170,17 @@ class _ShardRepair:
     ) -> None:
         self._stack.close()
 
-    def mend(self, plan: Plan, shard: int) -> list[str]:
-        """Write a shard again. Returns a line for each row that has lost its features for good.
+    def mend(self, plan: Plan, shard: int) -> None:
+        """Write a shard again.
 
         Raises FeatcacheError where that cannot be done; the shard then stays as it is.
         """
         rows = self._mender.records(plan, shard)
         if rows is None:
             self._encode_all(plan, shard)
-            return []
-        outcomes = self._mender.mend(plan, shard, rows)
-        first = shard * plan.shard_images
-        notes = [self._note(first + slot, row) for slot, row in outcomes.items()]
-        return [note for note in notes if note]
+            return
+        for slot, record in self._mender.mend(plan, shard, rows).items():
+            self._tell(shard * plan.shard_images + slot, record)
 
     def _encode_all(self, plan: Plan, shard: int) -> None:
         """Nothing proves what is there: all of it is encoded again, or it stays as it is."""
@@ -188,21 +197,20 @@ class _ShardRepair:
             )
         buffer.publish(self._root)
 
-    def _note(self, row: int, record: RowRecord) -> str | None:
+    def _tell(self, row: int, record: RowRecord) -> None:
         """What became of a damaged row, where it is not what it was."""
         where = f"row {row} ({key_of(self._plans, row)})"
-        if record.status == Status.OK:
-            made_of = ", ".join(codecs_before(self._info.source))
-            if not made_of:
-                return None
-            return (
+        made_of = ", ".join(codecs_before(self._info.source))
+        if record.status != Status.OK:
+            self.lost.append(
+                f"{where} was damaged and has no features any more: "
+                f"{Status(record.status).reason}: {record.detail}"
+            )
+        elif made_of:
+            self.notes.append(
                 f"{where} was encoded from its image; the store was converted, so its other rows "
                 f"also carry the rounding of {made_of}"
             )
-        return (
-            f"{where} was damaged and has no features any more: {Status(record.status).reason}: "
-            f"{record.detail}"
-        )
 
     def measure(self, layers: list[str]) -> None:
         """Measure the channel values of these layers again and write them, twice.

@@ -15,8 +15,8 @@ from featcache import layout
 from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.errors import ConfigError, CorruptStoreError, StoreError
 from featcache.forms import StoreForm, ZarrForm
-from featcache.index import Index
-from featcache.journal import Failure
+from featcache.index import Index, checksummed
+from featcache.journal import Commit, Failure, Plan
 from featcache.layout import Placement, Status, StoreInfo, read_array
 from featcache.reader import FeatureReader
 from featcache.writer import ShardSpec
@@ -94,6 +94,24 @@ class Store:
     def spec(self) -> ShardSpec:
         """What its shards are made of. Raises CorruptStoreError."""
         return _shard_spec(self.form.array, self.info)
+
+    @functools.cached_property
+    def plans(self) -> list[Plan]:
+        """Which images its rows are. Raises CorruptStoreError."""
+        return [Plan.parse(self.form.plan(n)) for n in range(1, self.info.generation + 1)]
+
+    def require_indexed(self, commit: Commit) -> None:
+        """Raises StoreError where a shard's commit record and the index say different things."""
+        first = commit.shard * self.spec.images
+        names = checksummed(self.info)
+        for row, record in enumerate(commit.rows[: self.num_rows - first], first):
+            sums = {name: int(self.index.checksums[name][row]) for name in names}
+            is_ok = record.status == Status.OK
+            if self.index.status[row] != record.status or (is_ok and sums != record.checksums):
+                raise StoreError(
+                    f"{self.path} was changed while it was read, or what changed it was stopped; "
+                    "let that finish, then run the same command again"
+                )
 
     def rows(self, keys: Sequence[str]) -> np.ndarray[Any, Any]:
         """int64[len(keys)]: the row of each image, -1 where it has no features."""

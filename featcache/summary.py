@@ -12,12 +12,11 @@ import numpy as np
 
 import featcache
 from featcache import layout
-from featcache.codecs import LayerCodec, get_codec
 from featcache.errors import IncompleteStoreError
 from featcache.gc import unreferenced
 from featcache.journal import Journal, merge
-from featcache.layout import ShardGeometry, Status, StoreInfo
-from featcache.store import Store
+from featcache.layout import Status, StoreInfo
+from featcache.store import Store, blank_spec
 
 PARTS = ("features", "scales", "pooled", "index", "journal")
 
@@ -130,16 +129,14 @@ def _pending(journal: Journal) -> int:
 
 
 def _summary(path: Path, info: StoreInfo, **counts: Any) -> Summary:
-    codec = get_codec(info.codec)
-    layer = LayerCodec(codec, info.num_patches, info.width)
-    of_layer = layer.code_bytes + layer.scale_bytes
-    pooled = info.width * codec.pooled_dtype.itemsize if info.pooled else 0
-    place = ShardGeometry(info.shard_images, layer.code_bytes).pitch_bytes * len(info.layers)
+    spec = blank_spec(info)
+    of_layers = spec.image_bytes - spec.pooled_bytes
+    place = sum(spec.geometry(layer).pitch_bytes for layer in info.layers)
     parts = disk_parts(path)
     return Summary(
         info=info,
-        bits=8 * of_layer / (info.num_patches * info.width),
-        image_bytes=of_layer * len(info.layers) + pooled,
+        bits=8 * of_layers / (len(info.layers) * info.num_patches * info.width),
+        image_bytes=spec.image_bytes,
         unreferenced_bytes=counts["unreferenced"] * place,
         nbytes=sum(parts.values()),
         parts=parts,

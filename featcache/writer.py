@@ -54,6 +54,12 @@ class ShardSpec:
         return self.bytes_of(self.images)
 
     @property
+    def image_bytes(self) -> int:
+        """Of one image's codes, patch scales and pooled output, without padding."""
+        of_layers = sum(layer.code_bytes + layer.scale_bytes for layer in self.layers.values())
+        return of_layers + self.pooled_bytes
+
+    @property
     def pooled_bytes(self) -> int:
         """Of one image's pooled output; 0 where there is none."""
         return self.pooled_width * self.pooled_dtype.itemsize if self.pooled_dtype else 0

@@ -47,7 +47,7 @@ __all__ = [
     "VerifyProgress",
     "VerifyReport",
     "inspect",
-    "require_store",
+    "require_folder",
     "verify",
 ]
 
@@ -60,18 +60,19 @@ def verify(
     Raises StoreError for what is no store, one of a newer format, or one that is being written.
     """
     start = time.monotonic()
-    require_store(root)
-    with _not_written(root):
-        return inspect(root, workers, on_progress).report(time.monotonic() - start)
-
-
-def require_store(root: Path) -> None:
-    """Raises StoreError where `root` is not a store's folder, be it a damaged one."""
     if form_of(root).path.is_file():
-        raise StoreError(
-            f"{root} is a file; `featcache verify` checks stores in folders, `featcache convert` "
-            "to one checks every row"
-        )
+        from featcache.verify.hdf5 import inspect_hdf5
+
+        found = inspect_hdf5(root, on_progress)
+    else:
+        require_folder(root)
+        with _not_written(root):
+            found = inspect(root, workers, on_progress)
+    return found.report(time.monotonic() - start)
+
+
+def require_folder(root: Path) -> None:
+    """Raises StoreError where `root` is not a store's folder, be it a damaged one."""
     begun = (root / "journal").exists() and (root / "zarr.json").exists()
     if not begun and not (root / copy_path("zarr.json")).exists():
         StoreInfo.load(root)

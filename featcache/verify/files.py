@@ -19,7 +19,7 @@ from featcache.layout import (
     StoreInfo,
     array_files,
     copy_path,
-    read_array,
+    map_array,
     render_array,
 )
 from featcache.verify.report import COPY, REMEASURE, REWRITE, Inspection
@@ -137,9 +137,9 @@ def check_channels(found: Inspection, info: StoreInfo) -> None:
         good = None
         for path in (name, copy_path(name)):
             try:
-                good = np.array(read_array(found.root, path, info.checksums[name]))
-            except CorruptStoreError as error:
-                damage[path] = reason_of(error)
+                good = np.array(map_array(found.root / path, info.checksums[name]))
+            except ValueError as error:
+                damage[path] = str(error)
         for path, what in damage.items():
             if good is None:
                 found.add(path, f"{what}, and so is the other copy of it", REMEASURE)
@@ -149,11 +149,3 @@ def check_channels(found: Inspection, info: StoreInfo) -> None:
             places = array_files(Path(path), good.ndim)
             for place, content in zip(places, render_array(good), strict=True):
                 found.contents[str(place)] = bytes(content)
-
-
-def reason_of(error: CorruptStoreError) -> str:
-    """What of a damaged array's message is not its path and not the cure."""
-    inner = re.search(r" is damaged \((.*)\); `featcache verify", str(error), re.DOTALL)
-    if inner and inner[1].startswith("[Errno 2]"):
-        return "is missing, or a part of it"
-    return f"is damaged ({inner[1]})" if inner else str(error)

@@ -7,13 +7,11 @@ from pathlib import Path
 
 from featcache import layout
 from featcache.codecs import get_codec
-from featcache.errors import CorruptStoreError
 from featcache.extract import metadata
 from featcache.files import PARTIAL
 from featcache.index import build_arrays
 from featcache.journal import Journal, num_rows
-from featcache.layout import StoreInfo, array_checksum, array_files, copy_path, read_array
-from featcache.verify.files import reason_of
+from featcache.layout import StoreInfo, array_checksum, array_files, copy_path, map_array
 from featcache.verify.report import RECOMPILE, Inspection
 
 
@@ -38,9 +36,9 @@ def check_index(found: Inspection, info: StoreInfo) -> None:
         if path in known:
             continue
         try:
-            read_array(found.root, path, checksum)
-        except CorruptStoreError as error:
-            found.add(path, reason_of(error), RECOMPILE)
+            map_array(found.root / path, checksum)
+        except ValueError as error:
+            found.add(path, str(error), RECOMPILE)
 
 
 def note_leftovers(found: Inspection, info: StoreInfo) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from featcache.journal import Plan, num_rows
+from featcache.journal import Plan, key_of, num_rows
 from featcache.layout import StoreInfo
 
 # What `--repair` does about a problem, as its line says it.
@@ -18,6 +18,9 @@ REWRITE = "writes it again"
 RECOMPILE = "compiles the index again from the journal"
 REMEASURE = "measures it again on the images that it was measured on"
 RESHARD = "writes the shard again and encodes only the rows that are bad"
+
+NAMED_ROWS = 5
+"""Rows that a problem's text names; `Problem.rows` has all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +41,33 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
 
+    @classmethod
+    def of_rows(
+        cls,
+        where: str,
+        what: str,
+        cure: str,
+        shard: int,
+        rows: Sequence[int],
+        plans: Sequence[Plan],
+    ) -> Self:
+        """One that names its first rows, and their images by `plans`."""
+        keys = tuple(key_of(plans, row) for row in rows)
+        if rows:
+            pairs = list(zip(rows, keys, strict=True))
+            named = ", ".join(f"{row} ({key})" for row, key in pairs[:NAMED_ROWS])
+            more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+            what = f"{what}; bad rows: {named}{more}"
+        return cls(where, what, cure, shard, tuple(rows), keys)
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     """What a store was found to be.
 
     problems: what is wrong, after the repair where there was one; mended: what it mended.
-    notes: what is worth knowing and wrong with nothing. generations, shards, rows: planned;
+    lost: a line for each image whose features the repair could not make again: it is in the ledger
+    now. notes: what is worth knowing and wrong with nothing. generations, shards, rows: planned;
     images: rows with features in the shards that are there. nbytes: of the data files read.
     """
 
@@ -58,10 +81,12 @@ class VerifyReport:
     nbytes: int
     seconds: float
     mended: tuple[Problem, ...] = ()
+    lost: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return not self.problems
+        """Nothing is wrong, and nothing was lost in mending it."""
+        return not self.problems and not self.lost
 
 
 @dataclass(frozen=True, slots=True)

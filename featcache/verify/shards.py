@@ -19,7 +19,7 @@ import xxhash
 
 from featcache import layout
 from featcache.files import Seal
-from featcache.journal import Commit, Plan, key_of, num_rows
+from featcache.journal import Commit, Plan, num_rows
 from featcache.layout import Status, StoreInfo
 from featcache.store import blank_spec
 from featcache.verify.files import missing
@@ -28,8 +28,6 @@ from featcache.writer import ShardSpec
 
 BLOCK_BYTES = 1 << 21
 """Read at once; a block is worked on while it is still in the processor's cache."""
-NAMED_ROWS = 5
-"""Rows that a problem's text names; `Problem.rows` has all."""
 
 
 def check_shards(
@@ -254,15 +252,8 @@ class _ShardChecker:
         return bad
 
     def _problem(self, path: str, what: str, shard: int, slots: Sequence[int]) -> Problem:
-        rows = tuple(shard * self._spec.images + slot for slot in slots)
-        keys = tuple(key_of(self._plans, row) for row in rows)
-        if rows:
-            named = ", ".join(
-                f"{row} ({key})" for row, key in list(zip(rows, keys, strict=True))[:NAMED_ROWS]
-            )
-            more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-            what = f"{what}; bad rows: {named}{more}"
-        return Problem(path, what, RESHARD, shard, rows, keys)
+        rows = [shard * self._spec.images + slot for slot in slots]
+        return Problem.of_rows(path, what, RESHARD, shard, rows, self._plans)
 
     def _block(self, nbytes: int) -> bytearray:
         """This thread's buffer."""

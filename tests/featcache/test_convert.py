@@ -28,8 +28,11 @@ from featcache.encode import calibration_order
 from featcache.errors import ConfigError, CorruptStoreError, FeatcacheError, StoreError
 from featcache.extract import ExtractOptions, extract
 from featcache.files import PARTIAL
+from featcache.live import compare_live
+from featcache.repair import repair
 from featcache.store import Store
 from featcache.summary import summarize
+from featcache.verify import verify
 from tests.support import Killed, Publications, feature_files, write_captions, write_images
 
 BROKEN = "0004.png"
@@ -493,8 +496,65 @@ def test_changed_bytes_are_found(stores: dict[str, Path], tmp_path: Path, codec:
         changed = bytearray(content)
         changed[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(changed)
-        found += not same_or_one_line(path, whole)
+        same = same_or_one_line(path, whole)
+        assert same or not verified(path)
+        found += not same
     assert found > 10
+
+
+def verified(path: Path) -> bool:
+    try:
+        report = verify(path)
+    except FeatcacheError:
+        return False
+    assert all("\n" not in str(problem) for problem in report.problems)
+    return report.ok
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_verify_of_an_hdf5_file(stores: dict[str, Path], tmp_path: Path, codec: str) -> None:
+    path = tmp_path / "a.h5"
+    convert(stores[codec], path)
+    report, of_folder = verify(path), verify(stores[codec])
+    assert report.ok and report.nbytes
+    counts = ("generations", "shards", "rows", "images")
+    assert [getattr(report, n) for n in counts] == [getattr(of_folder, n) for n in counts]
+    outcome = compare_live(path, 3)
+    assert (outcome.compared, outcome.wrong) == (3, ())
+    assert set(outcome.worst) == {"-2", "last", "pooled"}
+
+    content = bytearray(path.read_bytes())
+    row_bytes = Store(path).layer_codec("last").code_bytes
+    with h5py.File(path) as file:
+        features, pooled = (file[name].id.get_offset() for name in ("features/last", "pooled"))
+        width = file["pooled"].dtype.itemsize * file["pooled"].shape[1]
+    content[features + 2 * row_bytes + 7] ^= 1  # row 2, of shard 0
+    content[pooled + 9 * width] ^= 1  # row 9, of shard 2
+    path.write_bytes(content)
+    report = verify(path)
+    assert [(p.where, p.rows, p.keys, p.cure) for p in report.problems] == [
+        ("shard 0", (2,), ("0002.png",), ""),
+        ("shard 2", (9,), ("0006.png",), ""),
+    ]
+    assert report.images == of_folder.images - 2
+    with pytest.raises(StoreError, match=r"is an HDF5 file, which cannot be mended; take another"):
+        repair(path)
+    path.write_bytes(content[:-1])
+    (problem,) = verify(path).problems
+    assert "it ends before" in str(problem) or "damaged" in str(problem)
+
+
+def test_verify_of_an_hdf5_file_by_the_command(
+    fp16_h5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(group, ["verify", str(fp16_h5), "--live", "2"]) == 0
+    shown = capsys.readouterr().err
+    assert "14 images in 5 shards of 3 generations" in shown and "whole" in shown
+    path = tmp_path / "a.h5"
+    path.write_bytes(fp16_h5.read_bytes()[:-5000])
+    assert run(group, ["verify", str(path)]) == 1
+    shown = capsys.readouterr().err
+    assert "error: 1 problem; nothing can mend that; take another copy, or make it again" in shown
 
 
 def test_a_truncated_file_is_found(fp16_h5: Path, tmp_path: Path) -> None:

@@ -362,7 +362,7 @@ def test_a_damaged_index_is_named_and_the_cure_works(copy: Path, encoder_dir: Pa
     rows = Store(copy).rows(["0003.png", BROKEN, "0010.png"]).tolist()
     (copy / "index/00000001/key_rows/c/0").unlink()
     with pytest.raises(
-        CorruptStoreError, match=r"key_rows is damaged .*verify .* --repair` writes it again"
+        CorruptStoreError, match=r"key_rows is missing.*verify .* --repair` writes it again"
     ):
         Store(copy)
     info = StoreInfo.load(copy)

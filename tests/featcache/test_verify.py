@@ -216,9 +216,9 @@ def test_a_bad_row_without_image_costs_no_good_row(options: ExtractOptions, tmp_
     before = feature_files(options.out)
     spoil(options.out / "features/-2/c/1/0/0", 4096)  # row 5
     report = repair.repair(options.out)
-    assert report.ok
-    (note,) = report.notes
-    assert note.startswith("row 5 (0005.png) was damaged and has no features any more: missing: ")
+    assert (report.ok, report.problems, report.notes) == (False, (), ())
+    (lost,) = report.lost
+    assert lost.startswith("row 5 (0005.png) was damaged and has no features any more: missing: ")
     store = featcache.open(options.out)
     assert store.rows(["0005.png", "0006.png", "0007.png"]).tolist() == [-1, 6, 7]
     assert {failure.reason for failure in store.failures()} == {"undecodable", "missing"}
