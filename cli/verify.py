@@ -117,8 +117,8 @@ def _show(report: VerifyReport, repair: bool) -> None:
         return
     if report.lost:
         console.fail(
-            f"{console.count(len(report.lost), 'image')} lost their features (`featcache failures "
-            f"{report.path}` lists them); bring the image files back and run `featcache extract` "
+            f"the features of {console.count(len(report.lost), 'image')} are lost (`featcache "
+            f"failures {report.path}` lists them); bring the files back and run `featcache extract` "
             "again"
         )
     if repair and report.problems:
