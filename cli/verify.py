@@ -116,10 +116,10 @@ def _show(report: VerifyReport, repair: bool) -> None:
         console.say(f"whole{mended}")
         return
     if report.lost:
+        lost = console.count(len(report.lost), "image")
         console.fail(
-            f"the features of {console.count(len(report.lost), 'image')} are lost (`featcache "
-            f"failures {report.path}` lists them); bring the files back and run `featcache extract` "
-            "again"
+            f"the features of {lost} are lost (`featcache failures {report.path}` lists them); "
+            "bring the files back and run `featcache extract` again"
         )
     if repair and report.problems:
         console.fail(f"{console.count(len(report.problems), 'problem')} could not be mended")
