@@ -195,10 +195,9 @@ class _Conversion:
         """Raises StoreError, CorruptStoreError."""
         self.store, self.codec, self._on_progress = store, codec, on_progress
         self.same = codec.name == store.info.codec
-        self.raw_plans = {
-            number: store.form.plan(number) for number in range(1, store.info.generation + 1)
-        }
-        self.plans = [Plan.parse(raw) for raw in self.raw_plans.values()]
+        files = [store.form.plan(number + 1) for number in range(store.info.generation)]
+        self.plans = [plan for plan, _ in files]
+        self.raw_plans = {plan.generation: raw for plan, raw in files}
         self.rows = num_rows(self.plans)
         self.status = np.full(self.rows, Status.UNUSED, np.uint8)
         self.info = replace(

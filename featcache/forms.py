@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,9 +23,12 @@ class StoreForm(ABC):
     """Where the parts of the finished store at `path` lie.
 
     Arrays are named alike in both forms: "features/-2", "index/00000001/status".
+
+    one_file: whether it is a file, written once; else a folder, which can be extended and mended.
     """
 
     path: Path
+    one_file: ClassVar[bool]
 
     @abstractmethod
     def load_info(self) -> StoreInfo:
@@ -43,8 +46,8 @@ class StoreForm(ABC):
         """Where the rows of features, scales or pooled outputs lie. Raises CorruptStoreError."""
 
     @abstractmethod
-    def plan(self, generation: int) -> bytes:
-        """The bytes of a plan's file. Raises CorruptStoreError where they were changed."""
+    def plan(self, generation: int) -> tuple[Plan, bytes]:
+        """A plan, and the bytes of its file. Raises CorruptStoreError where they were changed."""
 
     @abstractmethod
     def commit(self, shard: int) -> Commit:
@@ -63,6 +66,8 @@ class StoreForm(ABC):
 
 class ZarrForm(StoreForm):
     """A folder: featcache/layout.py."""
+
+    one_file = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,10 +89,9 @@ class ZarrForm(StoreForm):
     def placement(self, spec: ShardSpec, name: str) -> Placement:
         return zarr_placement(self.path, spec, name)
 
-    def plan(self, generation: int) -> bytes:
+    def plan(self, generation: int) -> tuple[Plan, bytes]:
         path = self.path / layout.plan_path(generation)
-        Plan.load(path)
-        return path.read_bytes()
+        return Plan.load(path), path.read_bytes()
 
     def commit(self, shard: int) -> Commit:
         commit = Commit.load_record(self.path, shard)

@@ -59,7 +59,7 @@ def collect(
     IncompleteStoreError where an extraction has not finished, CorruptStoreError for a damaged
     journal.
     """
-    if form_of(root).path.is_file():
+    if form_of(root).one_file:
         raise StoreError(
             f"{root} is an HDF5 file, which is never changed; run `featcache gc` on a store in a "
             "folder, and `featcache convert` that again"

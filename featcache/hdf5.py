@@ -75,6 +75,8 @@ class _Extent:
 class Hdf5Form(StoreForm):
     """One file. h5py is asked once where things lie; no handle of it stays open."""
 
+    one_file = True
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._extents: dict[str, _Extent] = {}
@@ -176,13 +178,12 @@ class Hdf5Form(StoreForm):
         start = extent.offset or 0
         return Placement(lambda _: self.path, max(1, rows), row_bytes, row_bytes, self.cure, start)
 
-    def plan(self, generation: int) -> bytes:
+    def plan(self, generation: int) -> tuple[Plan, bytes]:
         raw = self._values(_plan_name(generation)).tobytes()
         try:
-            Plan.parse(raw)
+            return Plan.parse(raw), raw
         except ValueError as error:
             raise self._damaged(f"plan {generation}: {error}") from None
-        return raw
 
     def commit(self, shard: int) -> Commit:
         ends = self._values(COMMIT_ENDS)

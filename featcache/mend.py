@@ -8,6 +8,7 @@ RAM: two buffers of a shard.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,17 +37,11 @@ class ShardMender:
         encoder: Callable[[], ShardEncoder],
     ) -> None:
         self._root, self._info, self._plans, self._encoder = root, info, plans, encoder
-        self._index: Index | None = None
-        self._details: dict[int, str] = {}
-        self._index_read = False
-        self._buffer: ShardBuffer | None = None
 
-    @property
+    @functools.cached_property
     def buffer(self) -> ShardBuffer:
         """Reused by each shard."""
-        if self._buffer is None:
-            self._buffer = ShardBuffer(blank_spec(self._info))
-        return self._buffer
+        return ShardBuffer(blank_spec(self._info))
 
     def records(self, plan: Plan, shard: int) -> list[RowRecord] | None:
         """What was written of each slot: by the commit record, else by the index; None where
@@ -56,17 +51,16 @@ class ShardMender:
             return commit.rows
         if self._info.index is None or plan.generation > self._info.generation:
             return None
-        self._read_index()
-        index = self._index
-        if index is None:
+        if self._indexed is None:
             return None
+        index, details = self._indexed
         rows = [RowRecord() for _ in range(self._info.shard_images)]
         first = shard * plan.shard_images
         for slot in range(len(plan.digests_of(shard))):
             row = first + slot
             status = int(index.status[row])
             width, height = index.sizes[row].tolist()
-            rows[slot] = RowRecord(status, self._details.get(row, ""), (width, height))
+            rows[slot] = RowRecord(status, details.get(row, ""), (width, height))
             if status == Status.OK:
                 rows[slot].checksums = {name: int(of[row]) for name, of in index.checksums.items()}
         return rows
@@ -106,15 +100,13 @@ class ShardMender:
             buffer.rewrite(self._root, commit)
         return {slot: buffer.rows[slot] for slot in bad}
 
-    def _read_index(self) -> None:
-        if self._index_read:
-            return
-        self._index_read = True
+    @functools.cached_property
+    def _indexed(self) -> tuple[Index, dict[int, str]] | None:
+        """The index, and {row: detail} of its failures; None where it is damaged."""
         try:
-            self._index = Index.load(self._root, self._info)
+            index = Index.load(self._root, self._info)
         except CorruptStoreError:
-            return
+            return None
         # The rows that keys meant when the index was made.
         row_of_key = merge(self._plans[: self._info.generation]).rows
-        failures = self._index.failures
-        self._details = {row_of_key.get(key, -1): why.detail for key, why in failures.items()}
+        return index, {row_of_key.get(key, -1): why.detail for key, why in index.failures.items()}

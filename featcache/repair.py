@@ -60,7 +60,7 @@ def repair(
     Raises StoreError as `verify`, and where the store cannot be written.
     """
     start = time.monotonic()
-    if (form := form_of(root)).path.is_file():
+    if (form := form_of(root)).one_file:
         raise StoreError(f"{root} is an HDF5 file, which cannot be mended; {form.cure}")
     require_folder(root)
     try:

@@ -98,7 +98,7 @@ class Store:
     @functools.cached_property
     def plans(self) -> list[Plan]:
         """Which images its rows are. Raises CorruptStoreError."""
-        return [Plan.parse(self.form.plan(n)) for n in range(1, self.info.generation + 1)]
+        return [self.form.plan(number)[0] for number in range(1, self.info.generation + 1)]
 
     def require_indexed(self, commit: Commit) -> None:
         """Raises StoreError where a shard's commit record and the index say different things."""

@@ -262,7 +262,7 @@ def _require_features(
 
 def _how_to_add_features(store: Store) -> str:
     listed = f"`featcache failures {store.path}` lists the images to mend first"
-    if store.path.is_file():
+    if store.form.one_file:
         return (
             f"to add features, run `featcache extract` with this data on the folder that it was "
             f"converted from, and convert that again ({listed})"

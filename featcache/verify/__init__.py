@@ -60,7 +60,7 @@ def verify(
     Raises StoreError for what is no store, one of a newer format, or one that is being written.
     """
     start = time.monotonic()
-    if form_of(root).path.is_file():
+    if form_of(root).one_file:
         from featcache.verify.hdf5 import inspect_hdf5
 
         found = inspect_hdf5(root, on_progress)

@@ -103,7 +103,7 @@ def all_of(path: Path) -> dict[str, object]:
         "info": store.info,
         "keys": dict(zip(store.index.keys(), store.rows(store.index.keys()).tolist(), strict=True)),
         "failures": store.failures(),
-        "plans": [store.form.plan(n + 1) for n in range(store.info.generation)],
+        "plans": [store.form.plan(n + 1)[1] for n in range(store.info.generation)],
         "commits": [store.form.commit(n).render() for n in range(summarize(store.path).planned)],
         **{name: getattr(store.index, name).tobytes() for name in ("status", "sizes", "digests")},
     }
