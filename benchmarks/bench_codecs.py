@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_codecs.py              all of it, a minute
     OMP_NUM_THREADS=1 python benchmarks/bench_codecs.py --quick      smaller, fewer rounds
     python benchmarks/bench_codecs.py --device cuda                  the speeds only, on a GPU
+    python benchmarks/bench_codecs.py --model siglip2-so400m         the errors, on your encoder
 
 Errors are of images that the channels were not calibrated on. "synthetic": 729 x 1152, low rank and
 heavy tails, channels of unequal spread, six outlier channels of which three are massive and nearly
@@ -11,7 +12,7 @@ constant. "shapes": 64 x 96, layer -2 of the shipped tiny encoder on the demo's 
 Speeds are GB/s of the same features in fp16, one thread, on synthetic activations; every round runs
 all codecs in turn. The ceiling is memcpy of these fp16 bytes, in the same round. Outputs are below
 32 MB, which glibc's malloc recycles; above, fresh pages bound them to 1 GB/s here.
-Results: benchmarks/results/codecs.jsonl, codecs-cuda.jsonl.
+Results: benchmarks/results/codecs.jsonl, codecs-cuda.jsonl, codecs-model.jsonl.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ from featcache.codecs.int4 import rotation_of
 from featcache.encoders import load_encoder
 
 PATCHES, WIDTH = 729, 1152
+ERROR_METRICS = [
+    "SNR",
+    "relative L2 error",
+    "of the deviation from channel means",
+    "max |error|",
+    "mean patch cosine",
+    "worst patch cosine",
+]
 Data = dict[str, tuple[Tensor, Tensor]]
 """Name -> activations to calibrate on, and others to measure on: float32[B, P, D] each."""
 
@@ -58,10 +67,10 @@ def synthetic(images: int, seed: int, patches: int = PATCHES, width: int = WIDTH
     return torch.from_numpy(x.clip(-27.5, 27.5)).float()
 
 
-def shapes(images: int) -> Tensor:
-    """float32[B, 64, 96]."""
+def shapes(images: int, model: str = "tiny", random_weights: bool = False) -> Tensor:
+    """float32[B, P, D]: an encoder's features of the demo's pictures."""
     rng = np.random.default_rng(0)
-    encoder = load_encoder("tiny")
+    encoder = load_encoder(model, random_weights=random_weights)
     pictures = [Image.fromarray(render(scene, rng)) for scene in sample_scenes(images, rng)]
     pixels = np.stack([encoder.preprocess(picture) for picture in pictures])
     return encoder.encode(torch.from_numpy(pixels)).features["-2"].float().clone()
@@ -343,8 +352,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less data, fewer rounds")
     parser.add_argument("--no-save", action="store_true", help="leave results/codecs.jsonl alone")
     parser.add_argument("--device", default="cpu", help="cuda: speeds on the GPU")
+    parser.add_argument("--model", help="only the errors, on this encoder's features of 8 pictures")
+    parser.add_argument("--random-weights", action="store_true", help="of --model")
     arguments = parser.parse_args()
     rounds = 3 if arguments.quick else 15
+    if arguments.model:
+        features = shapes(8, arguments.model, arguments.random_weights)
+        name = arguments.model + ", random weights" * arguments.random_weights
+        rows = quality({name: (features[:4], features[4:])})
+        print(table(rows, ERROR_METRICS), file=sys.stderr)
+        if not arguments.no_save:
+            results.write("codecs-model", rows)
+        print(json.dumps({"results": rows}))
+        return
     if arguments.device != "cpu":
         rows = speed(synthetic(32, seed=2), rounds, arguments.device)
         print(table(rows, ["copy", "encode", "decode"]), file=sys.stderr)
@@ -357,7 +377,7 @@ def main() -> None:
     parts += [channel_choices(data), ablation(data)]
     error_metrics = ["relative L2 error", "of the deviation from channel means"]
     tables = [
-        ["stored", "SNR", *error_metrics, "max |error|", "mean patch cosine", "worst patch cosine"],
+        ["stored", *ERROR_METRICS],
         ["copy", "encode", "decode"],
         ["saved", "decode"],
         [*error_metrics, "max |error|", "worst patch cosine"],
