@@ -25,7 +25,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_store.py --quick
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml setup.py featcache/_gather.c constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "featcache needs Python 3.11 or newer; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
@@ -33,3 +33,4 @@ $(READY): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -f featcache/_gather.*.so

@@ -1,7 +1,8 @@
-"""Random rows of stored features -> one reused buffer, by positional reads, ahead of need.
+"""Random rows of stored features -> reused buffers, by positional reads, ahead of need.
 
-Why this shape: fresh memory per batch costs more than the read (benchmarks/bench_store.py), worker
-processes pay for it in every batch, and memory maps read too much when the data exceeds RAM.
+Why this shape: fresh memory per batch costs more than the read, worker processes pay for it in
+every batch, and memory maps read too much when the data exceeds RAM (docs/performance.md has the
+figures). The reads are featcache/gather.py's, the buffers featcache/buffers.py's.
 
 What is read is what was written: each row's checksum is compared, by default when the reader meets
 it for the first time.
@@ -11,12 +12,13 @@ Letters: I images of a batch, P patches, D encoder width, C codes of a patch.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,23 +27,90 @@ import torch
 import xxhash
 from torch import Tensor
 
+from featcache.buffers import Buffers, allocate
 from featcache.codecs import LayerCodec, StoredFeatures
 from featcache.errors import ConfigError, CorruptStoreError, StoreError
-from featcache.layout import CHUNK_ALIGNMENT_BYTES, Placement, Status
+from featcache.gather import Job, Outcome, Part, Pool, Result, open_pool
+from featcache.layout import Placement, Status
+from featcache.open_files import OpenFile, OpenFiles
+from featcache.read_mode import ReadMode
+from featcache.transfer import on_device
 
-OPEN_FILES_PER_THREAD = 128
-MAX_IOVECS = 512  # half of Linux's IOV_MAX; each image may need a second one for the padding
 CHECKS = ("once", "always", "never")
 """When a row's checksum is compared: the first time a reader reads it, every time, or never."""
+DEPTH = 8
+"""Batches read ahead, as far as the budget allows."""
+BUDGET_BYTES = 512 << 20
+"""For all batches that are read ahead or in use."""
+_DIRECT_THREADS = 8  # that many outstanding reads keep a disk busy; they wait more than they work
+_BUFFERED_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderOptions:
+    """How a reader reads. None of it changes what is read.
+
+    threads: that read; None takes 8 for a disk without page cache, else up to 4 but no more than
+        there are cores.
+    depth: batches read ahead at most.
+    budget_bytes: of the batches read ahead and in use; two batches are always granted.
+    pin_memory: page-locked buffers, for asynchronous copies to CUDA.
+    check: one of `CHECKS`.
+    io: "buffered" (through the page cache), "direct" (O_DIRECT), or "auto": buffered where all
+        features of the layer fit into memory.
+    native: whether the C code reads; None takes it where it was built.
+    """
+
+    threads: int | None = None
+    depth: int = DEPTH
+    budget_bytes: int = BUDGET_BYTES
+    pin_memory: bool = False
+    check: str = "once"
+    io: str = "auto"
+    native: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if self.check not in CHECKS:
+            raise ConfigError(f"check={self.check!r}: must be one of {', '.join(CHECKS)}")
+        for name in ("threads", "depth", "budget_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: must be at least 1")
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class _Pending:
+    """A batch under way. rows: ascending; places: where each goes in the buffer.
+
+    compare: bool[I], whose checksums are compared with what is read; None: nobody's.
+    opening: (array, number) of the job's files. held: the open ones.
+    renewals: of the reader, when it was submitted. job: None for a batch without rows.
+    """
+
+    buffer: StoredFeatures
+    rows: np.ndarray[Any, Any]
+    places: np.ndarray[Any, Any]
+    compare: np.ndarray[Any, Any] | None
+    opening: list[tuple[int, int]]
+    held: list[OpenFile]
+    renewals: int
+    job: Job | None
+
+    def cancel(self) -> None:
+        """Nothing writes into the buffer any more when this returns."""
+        if self.job is not None:
+            self.job.cancel()
 
 
 class FeatureReader:
     """Reads batches of rows of one layer.
 
-    `read` returns own memory; `stream` prefetches `depth` batches on `threads` background threads
-    into a ring of `depth + 1` buffers, reused by later streams too. RAM: that ring, plus 9 bytes a
-    row of mapped index and 1 of what was checked. Use as a context manager, or call `close`. Not
-    usable in a forked child: open the store there.
+    `read` returns own memory; `stream` reads batches ahead in the background into buffers that are
+    used again, by later streams too. RAM: `budget_bytes`, 10 bytes a row (9 of them mapped from
+    the index), and with O_DIRECT a row per thread. May be used by several threads. After a fork,
+    and where it is pickled, the other process reads with threads and files of its own. Use as a
+    context manager, or call `close`.
     """
 
     def __init__(
@@ -51,94 +120,104 @@ class FeatureReader:
         layer: LayerCodec,
         status: np.ndarray[Any, Any],
         checksums: np.ndarray[Any, Any],
-        *,
-        threads: int,
-        depth: int,
-        pin_memory: bool,
-        check: str,
+        mode: ReadMode,
+        options: ReaderOptions,
+        again: Callable[[], FeatureReader],
     ) -> None:
         """codes, scales: where the rows lie. status: uint8[rows]; only OK rows can be read.
-        checksums: uint64[rows] of codes and then scales. depth: batches read ahead. pin_memory:
-        page-locked buffers, for CUDA. check: one of `CHECKS`.
-
-        Raises ConfigError for another `check`.
+        checksums: uint64[rows] of codes and then scales. mode: what `options.io` came to.
+        again: opens an equal reader, in another process.
         """
-        if check not in CHECKS:
-            raise ConfigError(f"check={check!r}: must be one of {', '.join(CHECKS)}")
-        self._codes = codes
-        self._scales = scales
+        self.mode = mode
+        self.options = options
         self._layer = layer
         self._status = status
         self._checksums = checksums
-        self._check = check
+        self._again = again
+        self._files = [OpenFiles(where, len(status)) for where in (codes, scales) if where]
         self._checked = np.zeros(len(status), np.bool_)
-        self._forgotten = 0  # of `_KnownFiles.replaced`, when `_checked` was last cleared
-        self._depth = depth
-        self._pin_memory = pin_memory
-        self._threads = threads
+        self._renewals = 0  # how often a file was opened that was another one before
         self._pid = os.getpid()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="featcache-read")
-        self._local = threading.local()
-        self._files = _KnownFiles()
-        self._caches: list[_OpenFiles] = []
-        self._free: list[StoredFeatures] = []
-        self._padding = memoryview(bytearray(CHUNK_ALIGNMENT_BYTES))
+        self._lock = threading.Lock()
+        self._under_way: weakref.WeakSet[_Pending] = weakref.WeakSet()
+        self._buffers = Buffers(layer, options.budget_bytes, options.pin_memory)
+        self._closed = False
+        self._pool = self._open_pool()
+
+    @property
+    def threads(self) -> int:
+        """That read."""
+        if self.options.threads is not None:
+            return self.options.threads
+        return _DIRECT_THREADS if self.mode.direct else min(_BUFFERED_THREADS, os.cpu_count() or 1)
 
     def read(self, rows: np.ndarray[Any, Any], dtype: torch.dtype | None = None) -> Tensor:
         """rows: int64[I]. Returns dtype[I, P, D] in the order of `rows`; the stored dtype of an
         unscaled codec, else float32, where `dtype` is None.
 
-        Raises StoreError for a row out of range or without features, CorruptStoreError for a
-        shard file that is missing, too short, or holds other bytes than were written.
+        Raises StoreError for a row out of range or without features, and where no more files can
+        be opened; CorruptStoreError for a shard file that is missing, too short, or holds other
+        bytes than were written.
         """
         return self.read_stored(rows).decode(dtype)
 
     def read_stored(self, rows: np.ndarray[Any, Any]) -> StoredFeatures:
         """`read`, as it lies in the store."""
-        buffer = self._buffer(len(rows))
-        for future in self._submit(rows, buffer):
-            future.result()
+        buffer = allocate(self._layer, len(rows), self.options.pin_memory)
+        self._finish(self._submit(rows, buffer))
         return buffer
 
-    def stream(self, batches: Iterable[np.ndarray[Any, Any]]) -> Iterator[StoredFeatures]:
+    def stream(
+        self, batches: Iterable[np.ndarray[Any, Any]], device: torch.device | None = None
+    ) -> Iterator[StoredFeatures]:
         """The features of each batch of rows, in order, read ahead in the background.
 
-        Each is a view of a reused buffer: valid until the next iteration.
+        Each is valid until the next iteration: it may be a view of a reused buffer.
+        device: where they are wanted; to CUDA they are copied one batch ahead, on a stream of its
+        own. None leaves them in the buffer.
+
         Raises as `read` does, at the batch concerned.
         """
-        pending: deque[tuple[list[Future[None]], StoredFeatures, int]] = deque()
+        return on_device(self._stream(batches), device)
+
+    def _stream(self, batches: Iterable[np.ndarray[Any, Any]]) -> Iterator[StoredFeatures]:
+        pending: deque[_Pending] = deque()
         source = iter(batches)
+        rows: np.ndarray[Any, Any] | None = None  # asked for, but without a buffer yet
         exhausted = False
         try:
             while True:
-                while not exhausted and len(pending) < self._depth:
-                    rows = next(source, None)
+                while not exhausted and len(pending) < self.options.depth:
+                    if rows is None:
+                        rows = next(source, None)
                     if rows is None:
                         exhausted = True
                         break
-                    buffer = self._free.pop() if self._free else self._buffer(len(rows))
-                    if len(buffer) < len(rows):
-                        buffer = self._buffer(len(rows))
-                    pending.append((self._submit(rows, buffer[: len(rows)]), buffer, len(rows)))
+                    with self._lock:
+                        buffer = self._buffers.take(len(rows), must=len(pending) < 2)
+                    if buffer is None:
+                        break
+                    pending.append(self._submit(rows, buffer))
+                    rows = None
                 if not pending:
                     return
-                futures, buffer, count = pending.popleft()
-                for future in futures:
-                    future.result()
-                yield buffer[:count]
-                self._free.append(buffer)
+                batch = pending[0]
+                self._finish(batch)
+                yield batch.buffer[: len(batch.rows)]
+                self._give_back(pending.popleft())
         finally:
-            # A buffer is free only when nothing writes into it any more.
-            running = [f for futures, _, _ in pending for f in futures if not f.cancel()]
-            wait(running)
-            self._free += [buffer for _, buffer, _ in pending]
+            for batch in pending:
+                batch.cancel()
+                self._give_back(batch)
 
     def close(self) -> None:
-        """Stop the threads and close every shard file."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for cache in self._caches:
-            cache.close()
-        self._caches.clear()
+        """Stop the threads and close every shard file; what is being read is given up."""
+        self._closed = True
+        if os.getpid() == self._pid:
+            self._pool.close()
+        with self._lock:
+            for files in self._files:
+                files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -151,194 +230,186 @@ class FeatureReader:
     ) -> None:
         self.close()
 
-    def _buffer(self, count: int) -> StoredFeatures:
-        dtype = self._layer.codec.dtype
-        codes = torch.empty(
-            (count, *self._layer.code_shape), dtype=dtype, pin_memory=self._pin_memory
-        )
-        if self._scales is None:
-            return StoredFeatures(codes, None, self._layer)
-        shape = (count, self._layer.num_patches)
-        scales = torch.empty(shape, dtype=torch.float32, pin_memory=self._pin_memory)
-        return StoredFeatures(codes, scales, self._layer)
+    def __reduce__(self) -> tuple[Callable[[], FeatureReader], tuple[()]]:
+        return self._again, ()
 
-    def _submit(self, rows: np.ndarray[Any, Any], buffer: StoredFeatures) -> list[Future[None]]:
+    def _open_pool(self) -> Pool:
+        row_bytes = sum(files.where.row_bytes for files in self._files)
+        direct = self.mode.direct
+        return open_pool(self.threads, row_bytes, direct=direct, native=self.options.native)
+
+    def _give_back(self, batch: _Pending) -> None:
+        with self._lock:
+            self._buffers.give_back(batch.buffer)
+
+    def _submit(self, rows: np.ndarray[Any, Any], buffer: StoredFeatures) -> _Pending:
+        if self._closed:
+            raise StoreError("this feature reader is closed; ask the store for another one")
         if os.getpid() != self._pid:
-            raise StoreError(
-                "this feature reader was opened before a fork, where its threads do not exist; "
-                "open the store inside the worker process"
-            )
+            # A forked child has neither the threads nor, perhaps, a lock that will ever open.
+            self._pid, self._lock, self._pool = os.getpid(), threading.Lock(), self._open_pool()
+            self._under_way = weakref.WeakSet()
         rows = np.asarray(rows, np.int64)
-        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self._status)):
+        self._require_readable(rows)
+        # Ascending rows are ascending offsets: neighbours become one read.
+        places = np.argsort(rows, kind="stable")
+        rows = rows[places]
+        with self._lock:
+            batch = _Pending(buffer, rows, places, self._unchecked(rows), [], [], 0, None)
+            self._start(batch)
+            self._under_way.add(batch)
+        return batch
+
+    def _require_readable(self, rows: np.ndarray[Any, Any]) -> None:
+        if not len(rows):
+            return
+        if rows.min() < 0 or rows.max() >= len(self._status):
             raise StoreError(
                 f"row {rows.min() if rows.min() < 0 else rows.max()} is out of range; the store "
-                f"has rows 0 to {len(self._status) - 1}"
+                f"had rows 0 to {len(self._status) - 1} when it was opened: if it has grown since, "
+                "open it again"
             )
         without = rows[self._status[rows] != Status.OK]
         if len(without):
             raise StoreError(f"row {without[0]} has no features; ask Store.rows which images have")
-        codes = _as_bytes(buffer.codes)
-        scales = None if buffer.scales is None else _as_bytes(buffer.scales)
-        # Ascending rows are ascending offsets: neighbours become one read.
-        order = np.argsort(rows, kind="stable")
-        return [
-            self._pool.submit(self._read_part, rows[part], part, codes, scales)
-            for part in np.array_split(order, min(self._threads, max(1, len(rows))))
-            if len(part)
-        ]
 
-    def _read_part(
-        self,
-        rows: np.ndarray[Any, Any],
-        places: np.ndarray[Any, Any],
-        codes: np.ndarray[Any, Any],
-        scales: np.ndarray[Any, Any] | None,
-    ) -> None:
-        """Read and check `rows` (ascending) into codes[places] and scales[places]."""
-        files: _OpenFiles | None = getattr(self._local, "files", None)
-        if files is None:
-            files = self._local.files = _OpenFiles(self._files)
-            self._caches.append(files)
-        files.renew()
-        self._gather(files, self._codes, rows, places, codes)
-        if self._scales is not None and scales is not None:
-            self._gather(files, self._scales, rows, places, scales)
-        if self._check == "never":
+    def _unchecked(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        if self.options.check == "never":
+            return None
+        compare = ~self._checked[rows]
+        return compare if compare.any() else None
+
+    def _start(self, batch: _Pending) -> None:
+        """Hand the batch's job in. Needs the lock."""
+        batch.renewals = self._renewals
+        batch.opening, batch.held = [], []
+        if not len(batch.rows):
             return
-        replaced = files.seen_replaced
-        if self._check == "once":
-            with self._files.lock:
-                if self._files.replaced != self._forgotten:
-                    # `featcache gc` may have dropped a row that a run wants which opened the store
-                    # before its image changed. What was checked was the old file.
-                    self._checked[:] = False
-                    self._forgotten = self._files.replaced
-            new = ~self._checked[rows]
-            rows, places = rows[new], places[new]
-        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            checksum = xxhash.xxh3_64(codes[place].data)
-            if scales is not None:
-                checksum.update(scales[place].data)
-            if checksum.intdigest() != self._checksums[row]:
-                path = self._codes.paths(row // self._codes.rows_per_file)
-                raise CorruptStoreError(
-                    f"{path}: the features of row {row} are not the bytes that were written; "
-                    f"{self._codes.cure}"
+        files: list[int | bytes] = []
+        parts = []
+        stored = (batch.buffer.codes, batch.buffer.scales)
+        for array, (open_files, values) in enumerate(zip(self._files, stored, strict=False)):
+            assert values is not None
+            where = open_files.where
+            numbers, file_of = np.unique(batch.rows // where.rows_per_file, return_inverse=True)
+            first = len(files)
+            for number in numbers.tolist():
+                file = open_files.get(number)
+                batch.opening.append((array, number))
+                if file is None:
+                    files.append(os.fsencode(open_files.path(number)))
+                else:
+                    files.append(file.descriptor)
+                    batch.held.append(file)
+            offsets = batch.rows % where.rows_per_file * where.pitch_bytes + where.start_bytes
+            parts.append(
+                Part(
+                    _as_bytes(values[: len(batch.rows)]),
+                    where.row_bytes,
+                    where.pitch_bytes - where.row_bytes,
+                    (file_of + first).astype(np.int32),
+                    offsets,
+                    batch.places,
                 )
-        with self._files.lock:
-            # Where a thread has met a newer file since, this was perhaps read from the old one.
-            if self._files.replaced == self._forgotten == replaced:
-                self._checked[rows] = True
+            )
+        checksums = None if batch.compare is None else self._checksums[batch.rows]
+        batch.job = self._pool.submit(
+            len(batch.rows), files, tuple(parts), checksums, batch.compare
+        )
 
-    def _gather(
-        self,
-        files: _OpenFiles,
-        where: Placement,
-        rows: np.ndarray[Any, Any],
-        places: np.ndarray[Any, Any],
-        raw: np.ndarray[Any, Any],
-    ) -> None:
-        """Read `rows` (ascending) of one array into raw[places]."""
-        size, gap = where.row_bytes, where.pitch_bytes - where.row_bytes
-        padding = self._padding[:gap]
-        offsets = (rows % where.rows_per_file * where.pitch_bytes + where.start_bytes).tolist()
-        shards = (rows // where.rows_per_file).tolist()
-        positions = places.tolist()
-        first = 0
-        while first < len(positions):
-            # A run: rows that follow each other in one file, with only padding between.
-            shard, start = shards[first], offsets[first]
-            views = [raw[positions[first]].data]
-            end = start + size
-            last = first + 1
-            while (
-                last < len(positions)
-                and shards[last] == shard
-                and offsets[last] == end + gap
-                and len(views) < MAX_IOVECS
-            ):
-                if gap:
-                    views.append(padding)
-                views.append(raw[positions[last]].data)
-                end = offsets[last] + size
-                last += 1
-            path = where.paths(shard)
-            if os.preadv(files.descriptor(path, where.cure), views, start) != end - start:
-                _read_rest(files.descriptor(path, where.cure), views, start, path, where.cure)
-            first = last
+    def _finish(self, batch: _Pending) -> None:
+        """Wait for the batch and believe it. Raises as `read` says."""
+        if batch.job is None:
+            return
+        result = Result(*batch.job.wait())
+        self._adopt(batch)
+        if result.error in (errno.EMFILE, errno.ENFILE):
+            result = self._with_fewer_files(batch)
+        with self._lock:
+            self._under_way.discard(batch)
+            # `featcache gc` may have dropped a row that a run wants which opened the store before
+            # its image changed: what was compared was perhaps the file of before.
+            doubtful = self._renewals != batch.renewals
+        if result.outcome != Outcome.DONE:
+            raise self._failure(batch, result)
+        if self.options.check == "never":
+            return
+        if doubtful:
+            for row in range(len(batch.rows)):
+                if batch.compare is None or not batch.compare[row]:
+                    self._compare(batch, row)
+        elif batch.compare is not None and self.options.check == "once":
+            with self._lock:
+                if self._renewals == batch.renewals:
+                    self._checked[batch.rows] = True
+
+    def _adopt(self, batch: _Pending) -> None:
+        """Keep the files that an ended job opened, and let go of those it needed."""
+        assert batch.job is not None
+        with self._lock:
+            batch.held = []
+            for file, descriptor, inode, modified_ns in batch.job.take_opened():
+                array, number = batch.opening[file]
+                files, opened = self._files[array], OpenFile(descriptor)
+                if files.add(number, opened, inode, modified_ns):
+                    where = files.where
+                    first = number * where.rows_per_file
+                    self._checked[first : first + where.rows_per_file] = False
+                    self._renewals += 1
+
+    def _with_fewer_files(self, batch: _Pending) -> Result:
+        """Once more, after closing what can be closed."""
+        for other in list(self._under_way):
+            if other is not batch and other.job is not None:
+                other.job.wait()
+                self._adopt(other)
+        with self._lock:
+            for files in self._files:
+                files.shrink()
+            renewals = batch.renewals
+            self._start(batch)
+            batch.renewals = renewals
+            job = batch.job
+        assert job is not None
+        result = Result(*job.wait())
+        self._adopt(batch)
+        return result
+
+    def _compare(self, batch: _Pending, row: int) -> None:
+        """Compare a row that was read with its checksum. Raises CorruptStoreError."""
+        place = int(batch.places[row])
+        checksum = xxhash.xxh3_64(_as_bytes(batch.buffer.codes)[place].data)
+        if batch.buffer.scales is not None:
+            checksum.update(_as_bytes(batch.buffer.scales)[place].data)
+        if checksum.intdigest() != self._checksums[batch.rows[row]]:
+            raise self._failure(batch, Result(Outcome.OTHER_BYTES, 0, row, 0))
+
+    def _failure(self, batch: _Pending, result: Result) -> StoreError:
+        row = int(batch.rows[result.row])
+        where = self._files[result.part].where
+        path, why = where.paths(row // where.rows_per_file), os.strerror(result.error)
+        match result.outcome:
+            case Outcome.OTHER_BYTES:
+                return CorruptStoreError(
+                    f"{path}: the features of row {row} are not the bytes that were written; "
+                    f"{where.cure}"
+                )
+            case Outcome.TRUNCATED:
+                return CorruptStoreError(f"{path} is truncated; {where.cure}")
+            case _ if result.error == errno.ECANCELED:
+                return StoreError("this feature reader was closed while it read")
+            case _ if result.error in (errno.EMFILE, errno.ENFILE):
+                return StoreError(
+                    f"{path}: {why}, although the reader has closed its own; raise the limit "
+                    "(`ulimit -n`), or close files of this process"
+                )
+            case Outcome.CANNOT_OPEN:
+                return CorruptStoreError(f"{path}: {why}; if it is gone, {where.cure}")
+            case _:
+                return CorruptStoreError(f"{path}: {why}; {where.cure}")
 
 
 def _as_bytes(values: Tensor) -> np.ndarray[Any, Any]:
     """uint8[I, bytes of one], the tensor's own memory."""
     row_bytes = values[0].numel() * values.itemsize if len(values) else 0
     return values.view(torch.uint8).numpy().reshape(len(values), row_bytes)
-
-
-def _read_rest(descriptor: int, views: list[memoryview], at: int, path: Path, cure: str) -> None:
-    """The slow way, after a short read: fill each view, or find that the file ends."""
-    for view in views:
-        done = 0
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], at + done)
-            if count == 0:
-                raise CorruptStoreError(f"{path} is truncated; {cure}")
-            done += count
-        at += len(view)
-
-
-class _KnownFiles:
-    """What a reader's threads know together of its files.
-
-    replaced: how often a file was opened that was another one before. lock: for it, and for what
-    follows from it.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.replaced = 0
-        self._identities: dict[Path, tuple[int, int]] = {}
-
-    def note(self, path: Path, status: os.stat_result) -> None:
-        """A file that was opened."""
-        identity = (status.st_ino, status.st_mtime_ns)
-        with self.lock:
-            if self._identities.setdefault(path, identity) != identity:
-                self._identities[path] = identity
-                self.replaced += 1
-
-
-class _OpenFiles:
-    """The descriptors of one thread's most recently used shard files.
-
-    seen_replaced: `_KnownFiles.replaced` when `renew` was last called.
-    """
-
-    def __init__(self, known: _KnownFiles) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
-        self._known = known
-        self.seen_replaced = 0
-
-    def renew(self) -> None:
-        """Let go of files that another thread may have found replaced."""
-        if self.seen_replaced != self._known.replaced:
-            self.seen_replaced = self._known.replaced
-            self.close()
-
-    def descriptor(self, path: Path, cure: str) -> int:
-        """Raises CorruptStoreError where the file cannot be opened."""
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CorruptStoreError(f"{path}: {error.strerror}; if it is gone, {cure}") from None
-        self._known.note(path, os.fstat(descriptor))
-        self._open[path] = descriptor
-        if len(self._open) > OPEN_FILES_PER_THREAD:
-            os.close(self._open.popitem(last=False)[1])
-        return descriptor
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from featcache.forms import StoreForm, ZarrForm
 from featcache.index import Index, checksummed
 from featcache.journal import Commit, Failure, Plan
 from featcache.layout import Placement, Status, StoreInfo, read_array
-from featcache.reader import FeatureReader
+from featcache.read_mode import choose_mode
+from featcache.reader import FeatureReader, ReaderOptions
 from featcache.writer import ShardSpec
 
 
@@ -45,6 +46,10 @@ class Store:
                 stale, self.info = self.info.index, self.form.load_info()
                 if self.info.index == stale:
                     raise
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
+        """Another process opens it anew: an index of gigabytes is mapped, not sent."""
+        return Store, (self.path,)
 
     @property
     def codec(self) -> Codec:
@@ -126,18 +131,10 @@ class Store:
         """The ledger: every image of the data without features, and why."""
         return list(self.index.failures.values())
 
-    def reader(
-        self,
-        layer: str | None = None,
-        *,
-        threads: int = 2,
-        depth: int = 3,
-        pin_memory: bool = False,
-        check: str = "once",
-    ) -> FeatureReader:
-        """A reader of one layer (the first where None). See FeatureReader.
+    def reader(self, layer: str | None = None, **options: Any) -> FeatureReader:
+        """A reader of one layer (the first where None). options: see `ReaderOptions`.
 
-        Raises ConfigError for a layer that the store does not hold.
+        Raises ConfigError for a layer that the store does not hold, and for wrong options.
         """
         chosen = self.layers[0] if layer is None else layer
         if chosen not in self.layers:
@@ -145,17 +142,21 @@ class Store:
                 f"{self.path} holds no layer {chosen!r}, only {', '.join(self.layers)}; extract "
                 f"it with --layer {chosen}"
             )
+        wanted = ReaderOptions(**options)
         codes, scales = self.placements(chosen)
+        status = self.index.status
+        pitch_bytes = codes.pitch_bytes + (scales.pitch_bytes if scales else 0)
+        first = int(np.argmax(status == Status.OK)) if self.num_images else None
+        example = None if first is None else codes.paths(first // codes.rows_per_file)
         return FeatureReader(
             codes,
             scales,
             self.layer_codec(chosen),
-            self.index.status,
+            status,
             self.index.checksums[chosen],
-            threads=threads,
-            depth=depth,
-            pin_memory=pin_memory,
-            check=check,
+            choose_mode(wanted.io, self.num_images * pitch_bytes, example),
+            wanted,
+            functools.partial(_open_reader, self.path, chosen, wanted),
         )
 
     def placements(self, layer: str) -> tuple[Placement, Placement | None]:
@@ -168,6 +169,10 @@ class Store:
     def layer_codec(self, layer: str) -> LayerCodec:
         """How a layer is coded. Raises CorruptStoreError."""
         return self.spec.layers[layer]
+
+
+def _open_reader(path: Path, layer: str, options: ReaderOptions) -> FeatureReader:
+    return Store(path).reader(layer, **asdict(options))
 
 
 def codecs_before(source: dict[str, Any]) -> list[str]:

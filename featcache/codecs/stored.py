@@ -92,6 +92,11 @@ class StoredFeatures:
     def __len__(self) -> int:
         return len(self.codes)
 
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales."""
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
     def __getitem__(self, images: slice) -> StoredFeatures:
         scales = None if self.scales is None else self.scales[images]
         return StoredFeatures(self.codes[images], scales, self.layer)

@@ -1,0 +1,53 @@
+"""Memory that batches are read into, used again and again: fresh pages cost more than the read."""
+
+from __future__ import annotations
+
+import torch
+
+from featcache.codecs import LayerCodec, StoredFeatures
+
+
+class Buffers:
+    """Buffers of one layer's features, within a budget. Not safe for several threads at once."""
+
+    def __init__(self, layer: LayerCodec, budget_bytes: int, pin_memory: bool) -> None:
+        """budget_bytes: of all that are alive, in use or not; two batches are always granted, one
+        to use and one to read. pin_memory: page-locked, for CUDA."""
+        self._layer = layer
+        self._budget_bytes = budget_bytes
+        self._pin_memory = pin_memory
+        self._free: list[StoredFeatures] = []
+        self._nbytes = 0
+
+    def take(self, images: int, must: bool) -> StoredFeatures | None:
+        """One of at least so many images; None where the budget is used up, unless it `must`."""
+        fitting = [buffer for buffer in self._free if len(buffer) >= images]
+        if fitting:
+            chosen = min(fitting, key=len)
+            self._free = [buffer for buffer in self._free if buffer is not chosen]
+            return chosen
+        wanted = images * (self._layer.code_bytes + self._layer.scale_bytes)
+        self._budget_bytes = max(self._budget_bytes, 2 * wanted)
+        while self._free and self._nbytes + wanted > self._budget_bytes:
+            self._nbytes -= self._free.pop().nbytes  # all of them are too small
+        if self._nbytes + wanted > self._budget_bytes and not must:
+            return None
+        self._nbytes += wanted
+        return allocate(self._layer, images, self._pin_memory)
+
+    def give_back(self, buffer: StoredFeatures) -> None:
+        """One that was taken, and that nothing reads or writes any more."""
+        if self._nbytes > self._budget_bytes:
+            self._nbytes -= buffer.nbytes
+        else:
+            self._free.append(buffer)
+
+
+def allocate(layer: LayerCodec, images: int, pin_memory: bool = False) -> StoredFeatures:
+    """Memory for the stored form of so many images, its content undefined."""
+    shape = (images, *layer.code_shape)
+    codes = torch.empty(shape, dtype=layer.codec.dtype, pin_memory=pin_memory)
+    if not layer.codec.scaled:
+        return StoredFeatures(codes, None, layer)
+    scales = torch.empty((images, layer.num_patches), dtype=torch.float32, pin_memory=pin_memory)
+    return StoredFeatures(codes, scales, layer)

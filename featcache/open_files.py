@@ -1,0 +1,72 @@
+"""The open files of one array, and what became of them meanwhile."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from featcache.layout import Placement
+
+_MOST = 4096
+_SHARE = 8  # of the files that the process may open, for one array of one reader
+
+
+class OpenFile:
+    """A descriptor, open for as long as somebody holds this."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class OpenFiles:
+    """The most recently used files of an array. Not safe for several threads at once.
+
+    Remembers of every file which one it was (16 bytes each), so that another one under the same
+    name is noticed.
+    """
+
+    def __init__(self, where: Placement, rows: int) -> None:
+        self.where = where
+        self._open: OrderedDict[int, OpenFile] = OrderedDict()
+        self._seen = np.zeros((-(-rows // where.rows_per_file), 2), np.int64)
+        self._capacity = max(8, min(_MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE))
+
+    def path(self, number: int) -> Path:
+        return self.where.paths(number)
+
+    def get(self, number: int) -> OpenFile | None:
+        """The file of that number, where it is open."""
+        file = self._open.get(number)
+        if file is not None:
+            self._open.move_to_end(number)
+        return file
+
+    def add(self, number: int, file: OpenFile, inode: int, modified_ns: int) -> bool:
+        """A file that was opened; true where it is another one than it was before."""
+        now = (inode, modified_ns)
+        before = tuple(self._seen[number].tolist())
+        self._seen[number] = now
+        self._open[number] = file
+        self._open.move_to_end(number)
+        while len(self._open) > self._capacity:
+            self._open.popitem(last=False)
+        return before not in ((0, 0), now)
+
+    def shrink(self) -> None:
+        """Keep half as many open from now on."""
+        self._capacity = max(1, min(self._capacity, len(self._open)) // 2)
+        while len(self._open) > self._capacity:
+            self._open.popitem(last=False)
+
+    def close(self) -> None:
+        """Let go of all."""
+        self._open.clear()

@@ -1,0 +1,67 @@
+"""Whether features are read through the page cache or past it.
+
+Through it where all of them fit into memory: after the first epoch every read is a copy. Past it
+where they do not: what the cache held would be gone before it is wanted again, and O_DIRECT reads
+a disk at its full rate with little work for the processor (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from featcache.errors import ConfigError
+from featcache.gather import DIRECT_BYTES
+from featcache.memory import available_bytes
+
+IO_MODES = ("auto", "buffered", "direct")
+_CACHE_SHARE = 0.8  # of the memory that is available; the training wants some as well
+
+
+@dataclass(frozen=True, slots=True)
+class ReadMode:
+    """direct: with O_DIRECT. why: in words, for who runs it."""
+
+    direct: bool
+    why: str
+
+
+def choose_mode(io: str, set_bytes: int, example: Path | None) -> ReadMode:
+    """io: one of `IO_MODES`. set_bytes: of all that may be read. example: a file of it.
+
+    Raises ConfigError for another `io`, and where "direct" is asked of a file system without it.
+    """
+    if io not in IO_MODES:
+        raise ConfigError(f"io={io!r}: must be one of {', '.join(IO_MODES)}")
+    if io == "buffered":
+        return ReadMode(False, "through the page cache, as asked")
+    if io == "direct":
+        if example is not None and (problem := _direct_problem(example)):
+            raise ConfigError(f"io=direct: {example} is not read so ({problem}); use io=buffered")
+        return ReadMode(True, "past the page cache (O_DIRECT), as asked")
+    available = available_bytes()
+    sizes = f"{set_bytes / 1e9:,.1f} GB of features, {available / 1e9:,.1f} GB of memory to be had"
+    if example is None or set_bytes <= _CACHE_SHARE * available:
+        return ReadMode(False, f"through the page cache: {sizes}")
+    if problem := _direct_problem(example):
+        return ReadMode(False, f"through the page cache: {sizes}, but no O_DIRECT ({problem})")
+    return ReadMode(True, f"past the page cache (O_DIRECT): {sizes}")
+
+
+def _direct_problem(path: Path) -> str | None:
+    """Why the file cannot be read with O_DIRECT; None where it can, or cannot be read at all."""
+    if not hasattr(os, "O_DIRECT"):
+        return "this system has none"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        try:
+            with mmap.mmap(-1, DIRECT_BYTES) as page:
+                os.preadv(descriptor, [page], 0)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return os.strerror(errno.EINVAL) if error.errno == errno.EINVAL else None
+    return None

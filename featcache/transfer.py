@@ -1,0 +1,54 @@
+"""Features from the reader's buffers to the device that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+import torch
+
+from featcache.codecs import StoredFeatures
+
+
+def on_device(
+    batches: Iterator[StoredFeatures], device: torch.device | None
+) -> Iterator[StoredFeatures]:
+    """The batches there, still in their stored, small form.
+
+    To CUDA each batch is copied while the one before it is used: on a stream of its own, from
+    page-locked memory (`ReaderOptions.pin_memory`) without holding up the caller. Nothing is copied
+    for another device of the CPU kind.
+    """
+    if device is None or device.type == "cpu":
+        return batches
+    if device.type != "cuda":
+        return (features.to(device) for features in batches)
+    return _to_cuda(batches, device)
+
+
+def _to_cuda(
+    batches: Iterator[StoredFeatures], device: torch.device
+) -> Generator[StoredFeatures, None, None]:
+    copying = torch.cuda.Stream(device)
+    ahead: tuple[StoredFeatures, torch.cuda.Event] | None = None
+    for features in batches:
+        with torch.cuda.stream(copying):
+            now = features.to(device), copying.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead, device)
+        # Into this buffer the next batch may be read. A step lies between: it has left by now.
+        now[1].synchronize()
+        ahead = now
+    if ahead is not None:
+        yield _arrived(*ahead, device)
+
+
+def _arrived(
+    features: StoredFeatures, copied: torch.cuda.Event, device: torch.device
+) -> StoredFeatures:
+    """Features that the current stream may use, and whose memory stays until it has."""
+    current = torch.cuda.current_stream(device)
+    current.wait_event(copied)
+    for values in (features.codes, features.scales):
+        if values is not None:
+            values.record_stream(current)
+    return features
