@@ -27,7 +27,8 @@ from align.optim import OptimConfig
 from featcache.errors import ConfigError
 from featcache.files import publish
 from featcache.fingerprint import diff
-from featcache.reader import CHECKS
+from featcache.read_mode import IO_MODES
+from featcache.reader import BUDGET_BYTES, CHECKS, DEPTH
 
 
 @dataclass
@@ -76,10 +77,15 @@ class TrainConfig:
     """The newest checkpoints that are kept; 0 keeps all."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest validation loss; each one is then evaluated."""
-    read_threads: int = 2
-    """Threads that read features from disk."""
-    read_ahead: int = 3
-    """Batches of features read ahead of the one in use."""
+    read_threads: int | None = None
+    """Threads that read features; null takes 8 past the page cache, else up to 4 as cores allow."""
+    read_ahead: int = DEPTH
+    """Batches of features read ahead of the one in use, as far as `read_budget_mb` allows."""
+    read_budget_mb: int = BUDGET_BYTES >> 20
+    """MB of memory for features read ahead and in use; two batches are always granted."""
+    read_mode: str = "auto"
+    """"buffered" (through the page cache), "direct" (past it, O_DIRECT), or "auto": buffered where
+    all features fit into memory."""
     verify_features: str = "once"
     """When an image's stored checksum is compared with what was read: "once" (the first time),
     "always", or "never"."""
@@ -92,9 +98,14 @@ class TrainConfig:
             yield f"epochs: must be above 0 and finite, got {self.epochs}"
         if not 0 <= self.seed < 2**63:
             yield f"seed: must be in [0, 2^63), got {self.seed}"
-        for name in ("batch_size", "grad_accum", "log_every", "read_threads", "read_ahead"):
+        for name in ("batch_size", "grad_accum", "log_every", "read_ahead", "read_budget_mb"):
             if getattr(self, name) < 1:
                 yield f"{name}: must be at least 1, got {getattr(self, name)}"
+        if self.read_threads is not None and self.read_threads < 1:
+            yield f"read_threads: must be at least 1 or null, got {self.read_threads}"
+        if self.read_mode not in IO_MODES:
+            known = ", ".join(map(repr, IO_MODES))
+            yield f"read_mode: must be one of {known}, got {self.read_mode!r}"
         for name in (
             "eval_every",
             "eval_samples",

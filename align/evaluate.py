@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from align.config import EvalConfig
-from align.data.collate import Batch, Loader
+from align.data.collate import Batch
 from align.data.dataset import LeftOut, Sample
 from align.data.sampling import in_order
 from align.data.templates import answer
@@ -114,7 +114,7 @@ def evaluate(
     """
     decoding = decoding or run.config.eval
     of_split = run.splits.split(split)
-    loader = Loader(run.store, list(of_split[:limit]), run.encoder, run.layer)
+    loader = run.loader_of(list(of_split[:limit]))
     usable = np.fromiter(loader.usable(), np.int64)
     if not len(usable):
         raise DataError(f"none of {len(loader.samples)} samples can be evaluated: {loader.skipped}")

@@ -27,7 +27,7 @@ from align.checkpoint import Checkpoint, find_checkpoint, load_connector
 from align.config import RunConfig, diff_fields, load_config
 from align.connectors import build_connector
 from align.data.collate import Loader
-from align.data.dataset import DataSplits, build_splits
+from align.data.dataset import DataSplits, Sample, build_splits
 from align.data.templates import answer
 from align.data.tokens import SampleEncoder
 from align.errors import CheckpointError, RunError
@@ -38,6 +38,7 @@ from featcache.device import resolve_device
 from featcache.errors import ConfigError, FingerprintMismatch
 from featcache.files import publish_json
 from featcache.fingerprint import require_same
+from featcache.reader import FeatureReader
 from featcache.registry import same_encoder
 from featcache.store import Store
 
@@ -103,6 +104,7 @@ class Run:
     step: int = 0
     checkpoint: Checkpoint | None = None
     _loaders: dict[str, Loader] = field(default_factory=dict, repr=False)
+    _reader: FeatureReader | None = field(default=None, repr=False)
     _data: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -121,17 +123,37 @@ class Run:
         Raises DataError where the split is empty.
         """
         if split not in self._loaders:
-            train = self.config.train
-            self._loaders[split] = Loader(
-                self.store,
-                self.splits.split(split),
-                self.encoder,
-                self.layer,
-                train.read_threads,
-                train.read_ahead,
-                train.verify_features,
-            )
+            samples = self.splits.split(split)
+            self._loaders[split] = self.loader_of(samples)
         return self._loaders[split]
+
+    def loader_of(self, samples: Sequence[Sample]) -> Loader:
+        """Batches of these samples, read by the run's reader onto its device."""
+        return Loader(self.reader, samples, self.encoder, self.model.device)
+
+    @property
+    def reader(self) -> FeatureReader:
+        """Of the run's layer: one for all splits, so that a row is checked and buffers are made
+        once."""
+        if self._reader is None:
+            train = self.config.train
+            self._reader = self.store.reader(
+                self.layer,
+                threads=train.read_threads,
+                depth=train.read_ahead,
+                budget_bytes=train.read_budget_mb << 20,
+                pin_memory=self.model.device.type == "cuda",
+                check=train.verify_features,
+                io=train.read_mode,
+            )
+        return self._reader
+
+    def close(self) -> None:
+        """Stop reading; the run may be used again."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+        self._loaders.clear()
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run remembers besides weights, JSON-able.

@@ -58,6 +58,8 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.precision",
     "train.read_ahead",
+    "train.read_budget_mb",
+    "train.read_mode",
     "train.read_threads",
     "train.sample_every",
     "train.samples",
@@ -279,6 +281,8 @@ def start_session(
             ) from error
     folder.write_info(_info(session, features))
     _write_left_out(out / LEFT_OUT_FILE, splits.left_out_records)
+    reader = run.reader
+    session.tell(NoticeEvent(f"features are read {reader.mode.why}; {reader.threads} threads"))
     session.tell(
         NoticeEvent(
             f"{len(splits.train):,} samples to train on, {len(splits.val):,} held out, "

@@ -65,7 +65,7 @@ def train(
     every = config.train
     index_batches = sampler.batches(run.step, session.total_steps)
     meter = Meter()
-    with closing(session.loader.stream(index_batches)) as batches:
+    with closing(run), closing(session.loader.stream(index_batches)) as batches:
         while run.step < session.total_steps:
             # -- one step: a sum over micro-batches, then one update
             loss_sum = torch.zeros((), device=run.model.device)
@@ -165,10 +165,8 @@ def sample_captions(run: Run, count: int) -> SampleEvent:
 
     samples = run.splits.split("val")[:count]
     records = [sample.record for sample in samples]
-    check = run.config.train.verify_features
-    reader = run.store.reader(run.layer, threads=1, depth=1, check=check)
-    with reader, _eval_mode(run):
-        features = reader.read_stored(np.concatenate([sample.rows for sample in samples]))
+    with _eval_mode(run):
+        features = run.reader.read_stored(np.concatenate([sample.rows for sample in samples]))
         texts = generate(run.model, run.encoder, records, features, run.config.eval)
     return SampleEvent(
         run.step,

@@ -43,12 +43,16 @@ def choose_mode(io: str, set_bytes: int, example: Path | None) -> ReadMode:
             raise ConfigError(f"io=direct: {example} is not read so ({problem}); use io=buffered")
         return ReadMode(True, "past the page cache (O_DIRECT), as asked")
     available = available_bytes()
-    sizes = f"{set_bytes / 1e9:,.1f} GB of features, {available / 1e9:,.1f} GB of memory to be had"
+    sizes = f"{_size(set_bytes)} of features, {_size(available)} of memory to be had"
     if example is None or set_bytes <= _CACHE_SHARE * available:
         return ReadMode(False, f"through the page cache: {sizes}")
     if problem := _direct_problem(example):
         return ReadMode(False, f"through the page cache: {sizes}, but no O_DIRECT ({problem})")
     return ReadMode(True, f"past the page cache (O_DIRECT): {sizes}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 def _direct_problem(path: Path) -> str | None:

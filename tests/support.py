@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 
@@ -85,3 +86,16 @@ class Publications:
             yield
         finally:
             self._after = self._name = None
+
+
+STORED = 11
+"""Images of the fixture `store_path`."""
+BROKEN = "0004.png"
+"""The one among them that is no image."""
+
+
+def bits(values: object) -> np.ndarray:
+    """Values of any origin as bytes, so that NaN equals NaN."""
+    if isinstance(values, torch.Tensor):
+        return values.contiguous().view(torch.uint8).numpy()
+    return np.ascontiguousarray(values).view(np.uint8)

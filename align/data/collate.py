@@ -20,7 +20,6 @@ from align.data.tokens import IGNORE, SampleEncoder, TokenizedSample
 from align.errors import TemplateError
 from featcache.codecs import StoredFeatures
 from featcache.reader import FeatureReader
-from featcache.store import Store
 
 
 @dataclass(slots=True)
@@ -57,9 +56,9 @@ class Batch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device, features still in their stored, small form. The reader's
-        buffer may be reused once this has returned: pageable memory has been read by then, though
-        the copy may still be under way.
+        """The batch on another device, features still in their stored, small form. Where they lie
+        in the reader's buffer, that may be reused once this has returned: pageable memory has been
+        read by then, though the copy may still be under way.
         """
 
         def move(tensor: Tensor) -> Tensor:
@@ -123,18 +122,14 @@ CACHED_SAMPLES = 50_000
 class Loader:
     """Streams batches of a split; features are read in the background, in order.
 
-    layer: of the store.
-    threads, depth, check: of the reader, see `featcache.reader.FeatureReader`.
+    device: where the features of a stream are wanted; None leaves them where they were read.
     skipped: samples that turned out, once tokenised, to have nothing to learn.
     """
 
-    store: Store
+    reader: FeatureReader
     samples: Sequence[Sample]
     encoder: SampleEncoder
-    layer: str
-    threads: int = 2
-    depth: int = 3
-    check: str = "once"
+    device: torch.device | None = None
     skipped: LeftOut = field(default_factory=LeftOut)
     _tokenized: dict[int, TokenizedSample] = field(default_factory=dict, repr=False)
     _unusable: set[int] = field(default_factory=set, repr=False)
@@ -144,7 +139,7 @@ class Loader:
 
         A batch lacks the samples that cannot be used; where that is all of them, it has no rows.
         """
-        # Tokenised as the reader asks for rows: `depth` batches ahead of the one in use.
+        # Tokenised as the reader asks for rows: some batches ahead of the one in use.
         ahead: deque[tuple[list[TokenizedSample], list[Sample]]] = deque()
 
         def rows() -> Iterator[NDArray[np.int64]]:
@@ -154,24 +149,19 @@ class Loader:
                 if samples:  # there is nothing to read for the others
                     yield np.concatenate([sample.rows for sample in samples])
 
-        with self._reader(self.depth) as reader:
-            nothing = reader.read_stored(np.empty(0, np.int64))
-            for features in reader.stream(rows()):
-                while not ahead[0][0]:
-                    yield collate(*ahead.popleft(), nothing)
-                yield collate(*ahead.popleft(), features)
-            while ahead:
+        nothing = self.reader.read_stored(np.empty(0, np.int64))
+        for features in self.reader.stream(rows(), self.device):
+            while not ahead[0][0]:
                 yield collate(*ahead.popleft(), nothing)
+            yield collate(*ahead.popleft(), features)
+        while ahead:
+            yield collate(*ahead.popleft(), nothing)
 
     def load(self, indices: NDArray[np.int64]) -> Batch:
         """One batch with memory of its own, without the samples that cannot be used."""
         tokenized, samples = self._tokenize(indices)
         rows = [np.empty(0, np.int64), *(sample.rows for sample in samples)]
-        with self._reader(depth=1) as reader:
-            return collate(tokenized, samples, reader.read_stored(np.concatenate(rows)))
-
-    def _reader(self, depth: int) -> FeatureReader:
-        return self.store.reader(self.layer, threads=self.threads, depth=depth, check=self.check)
+        return collate(tokenized, samples, self.reader.read_stored(np.concatenate(rows)))
 
     def usable(self) -> Iterator[int]:
         """Indices of the samples that a sequence can be made of; the others go to `skipped`."""

@@ -36,7 +36,7 @@ def model(llm: FrozenLLM) -> AlignModel:
 def batch(store: Store, llm: FrozenLLM) -> Batch:
     samples = build_splits(DataConfig(eval_ratio=0), TemplateConfig(), store).train
     encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), Q, llm.image_token_id, 100)
-    return Loader(store, samples, encoder, "-2").load(np.array([0, 2, 7, 5, 33]))
+    return Loader(store.reader(), samples, encoder).load(np.array([0, 2, 7, 5, 33]))
 
 
 def test_only_the_connector_is_trained(model: AlignModel, batch: Batch) -> None:

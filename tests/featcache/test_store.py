@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 from pathlib import Path
 
 import h5py
@@ -20,7 +19,6 @@ import zarr
 
 import featcache
 import featcache.bfloat16  # registers the data type with zarr-python
-from featcache.codecs import CODECS
 from featcache.convert import convert
 from featcache.encoders import load_encoder
 from featcache.errors import (
@@ -34,53 +32,7 @@ from featcache.files import publish_json, with_checksum
 from featcache.images import load_image
 from featcache.layout import CHUNK_ALIGNMENT_BYTES, StoreInfo
 from featcache.store import Store
-from tests.support import write_images
-
-COUNT = 11
-BROKEN = "0004.png"
-
-
-@pytest.fixture(scope="session", params=list(CODECS))
-def zarr_store(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path
-) -> Path:
-    """11 images in shards of 4, one of them broken, two layers."""
-    folder = tmp_path_factory.mktemp(request.param)
-    write_images(folder / "images", COUNT)
-    (folder / "images" / BROKEN).write_bytes(b"not an image")
-    result = extract(
-        ExtractOptions(
-            model=str(encoder_dir),
-            data=(folder / "images",),
-            out=folder / "store.zarr",
-            layers=("-2", "last"),
-            codec=request.param,
-            shard_images=4,
-            batch_size=3,
-            max_failures=0.1,
-        )
-    )
-    assert result.ok
-    assert result.failures == {"undecodable": 1}
-    return folder / "store.zarr"
-
-
-@pytest.fixture(scope="session", params=["zarr", "h5"])
-def store_path(request: pytest.FixtureRequest, zarr_store: Path) -> Path:
-    """The same store in each form."""
-    if request.param == "zarr":
-        return zarr_store
-    path = zarr_store.with_suffix(".h5")
-    if not path.exists():
-        convert(zarr_store, path)
-    return path
-
-
-def bits(values: object) -> np.ndarray:
-    """Values of any origin as bytes, so that NaN equals NaN."""
-    if isinstance(values, torch.Tensor):
-        return values.contiguous().view(torch.uint8).numpy()
-    return np.ascontiguousarray(values).view(np.uint8)
+from tests.support import BROKEN, STORED, bits
 
 
 @pytest.mark.parametrize("layer", ["-2", "last"])
@@ -110,10 +62,10 @@ def test_zarr_python_and_tensorstore_read_what_we_read(zarr_store: Path, layer: 
         "kvstore": {"driver": "file", "path": f"{zarr_store}/features/{layer}"},
     }
     by_tensorstore = tensorstore.open(spec).result().read().result()
-    assert by_zarr.shape == by_tensorstore.shape == (COUNT, *store.layer_codec(layer).code_shape)
+    assert by_zarr.shape == by_tensorstore.shape == (STORED, *store.layer_codec(layer).code_shape)
     assert by_zarr.dtype == by_tensorstore.dtype
     np.testing.assert_array_equal(bits(by_zarr), bits(by_tensorstore))
-    rows = np.array([row for row in range(COUNT) if row != 4])
+    rows = np.array([row for row in range(STORED) if row != 4])
     with store.reader(layer) as reader:
         ours = reader.read_stored(rows)
     np.testing.assert_array_equal(bits(ours.codes), bits(by_zarr[rows]))
@@ -165,7 +117,7 @@ def test_layout_on_disk(zarr_store: Path) -> None:
     indices = [file[-4 - 4 * 16 : -4] for file in files]  # of 4 images; then a crc32c
     chunks = np.frombuffer(b"".join(indices), "<u8").reshape(-1, 2)
     present = chunks[:, 1] != 2**64 - 1
-    assert present.tolist() == [row not in (4, COUNT) for row in range(COUNT + 1)]
+    assert present.tolist() == [row not in (4, STORED) for row in range(STORED + 1)]
     slots = np.flatnonzero(present) % 4
     assert (chunks[present, 0] == slots * geometry.pitch_bytes).all()
     assert geometry.pitch_bytes % CHUNK_ALIGNMENT_BYTES == 0
@@ -185,106 +137,9 @@ def test_rows_reasons_and_sizes(store_path: Path) -> None:
     assert store.rows([]).tolist() == []
     assert store.reason(BROKEN) == "undecodable: no image of a known format"
     assert store.reason("none.png") == "not in the store"
-    assert (store.num_rows, store.num_images) == (COUNT, COUNT - 1)
+    assert (store.num_rows, store.num_images) == (STORED, STORED - 1)
     image = load_image(store_path.parent / "images" / "0003.png")
     assert store.sizes[3].tolist() == list(image.size)
-
-
-# ------------------------------------------------------------------------------------- the reader
-
-
-def test_stream_equals_read_for_odd_batches(store_path: Path) -> None:
-    store = featcache.open(store_path)
-    rng = np.random.default_rng(0)
-    good = np.array([row for row in range(COUNT) if row != 4])
-    batches = [rng.choice(good, size) for size in (1, 32, 0, 5, 7, 1, 64, 3) * 5]
-    for threads, depth in ((1, 1), (2, 3), (3, 8)):
-        with store.reader(threads=threads, depth=depth) as reader:
-            seen = 0
-            for rows, features in zip(batches, reader.stream(iter(batches)), strict=True):
-                again = reader.read_stored(rows)
-                np.testing.assert_array_equal(bits(features.codes), bits(again.codes))
-                np.testing.assert_array_equal(bits(features.decode()), bits(again.decode()))
-                seen += 1
-            assert seen == len(batches)
-
-
-def test_stream_reuses_a_bounded_ring_of_buffers(store_path: Path) -> None:
-    with featcache.open(store_path).reader(depth=2) as reader:
-        addresses = {
-            features.codes.data_ptr()
-            for _ in range(3)
-            for features in reader.stream([np.array([0, 1, 2])] * 50)
-        }
-    assert len(addresses) <= 3
-
-
-def test_neighbouring_rows_are_read_in_one_call(
-    store_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *args: calls.append(args) or preadv(*args))
-    with featcache.open(store_path).reader(threads=1) as reader:
-        reader.read(np.array([3, 1, 0, 2, 8, 10]))
-    # Rows 0 to 3 are shard 0; 8 and 10 lie in shard 2 with 9 between them.
-    assert len(calls) == 3 * (1 + featcache.open(store_path).codec.scaled)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([4], "row 4 has no features"),
-        ([0, COUNT], f"row {COUNT} is out of range; the store has rows 0 to {COUNT - 1}"),
-        ([-1, 0], "row -1 is out of range"),
-    ],
-)
-def test_rows_that_cannot_be_read(store_path: Path, rows: list[int], message: str) -> None:
-    with featcache.open(store_path).reader() as reader:
-        with pytest.raises(StoreError, match=message):
-            reader.read(np.array(rows))
-        with pytest.raises(StoreError, match=message):
-            list(reader.stream([np.array([0]), np.array(rows)]))
-
-
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def test_close_leaves_no_file_and_no_thread(store_path: Path) -> None:
-    store = featcache.open(store_path)
-    files, threads = open_files(), threading.active_count()
-    for _ in range(3):
-        with store.reader() as reader:
-            iterator = reader.stream([np.array([0, 5, 9])] * 10)
-            next(iterator)
-            iterator.close()
-    assert (open_files(), threading.active_count()) == (files, threads)
-
-
-def test_closing_under_a_stream_does_not_hang(store_path: Path) -> None:
-    reader = featcache.open(store_path).reader(threads=1, depth=8)
-    iterator = reader.stream([np.array([0, 5, 9])] * 50)
-    next(iterator)
-    reader.close()
-    done = threading.Thread(target=iterator.close)
-    done.start()
-    done.join(20)
-    assert not done.is_alive()
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_is_refused_not_deadlocked(store_path: Path) -> None:
-    with featcache.open(store_path).reader() as reader:
-        reader.read(np.array([0]))
-        child = os.fork()
-        if child == 0:
-            try:
-                reader.read(np.array([0]))
-            except StoreError as error:
-                os._exit(7 if "before a fork" in str(error) else 1)
-            os._exit(2)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_an_unknown_layer(store_path: Path) -> None:

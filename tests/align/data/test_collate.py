@@ -29,7 +29,7 @@ def make_loader(
     store: Store, samples: list[Sample], llm: FrozenLLM, max_length: int = 100
 ) -> Loader:
     encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), Q, llm.image_token_id, max_length)
-    return Loader(store, samples, encoder, "-2", threads=2, depth=2)
+    return Loader(store.reader(depth=2), samples, encoder)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 40])
