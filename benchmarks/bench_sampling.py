@@ -1,12 +1,13 @@
 """What a shuffle within windows of shards costs in randomness, time and, in the demo, in loss.
 
-    python benchmarks/bench_sampling.py               the tables of docs/sampling.md, a minute
-    python benchmarks/bench_sampling.py --demo WORK   the demo trained both ways, 15 minutes
+    python -m benchmarks.bench_sampling               mixing and costs, half a minute
+    python -m benchmarks.bench_sampling --demo WORK   the demo trained both ways, 12 runs
 
 How mixed a batch is: worked out, and counted over the batches of one epoch. What an epoch's order
 costs is what a resume in the middle of it costs: nothing is replayed. The demo's images are in
 random order already, where a window can do little harm, so it is trained on a store sorted by
-caption as well, where it can.
+caption as well, where it can. A demo that was stopped goes on.
+Results: benchmarks/results/sampling.jsonl and sampling-demo.jsonl.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 import tracemalloc
+from collections.abc import Sequence
 from math import exp, lgamma
 from pathlib import Path
 from typing import Any
@@ -60,20 +62,21 @@ def effective_batch(batch: int, chance: float) -> float:
     return batch / (1 + (batch - 1) * chance)
 
 
-def mixing() -> list[dict[str, Any]]:
-    """Rows of how mixed a batch is, counted over one epoch, with the expected value as ceiling."""
-    shards = (np.arange(IMAGES) // SHARD).astype(np.int32)
+def mixing(images: int = IMAGES) -> list[dict[str, Any]]:
+    """Rows of how mixed a batch is: expected of one that lies in one window, and counted over all
+    batches of an epoch, among them those across two windows."""
+    shards = (np.arange(images) // SHARD).astype(np.int32)
     rows = []
     for window in (0, *WINDOWS):
-        order = epoch_order(IMAGES, 0, 0, Windows(shards, window) if window else None)
+        order = epoch_order(images, 0, 0, Windows(shards, window) if window else None)
         full = len(order) // BATCH * BATCH
         batches = np.sort(shards[order[:full]].reshape(-1, BATCH), axis=1)
         starts = np.diff(batches, axis=1, prepend=-1) != 0
         # A run of c samples of one shard holds c (c - 1) / 2 pairs.
         lengths = np.diff(np.flatnonzero(starts), append=batches.size)
         pairs = (lengths * (lengths - 1) / 2).sum() / (len(batches) * BATCH * (BATCH - 1) / 2)
-        pool = window * SHARD or IMAGES
-        config = {"images": IMAGES, "shard_images": SHARD, "batch": BATCH}
+        pool = window * SHARD or images
+        config = {"images": images, "shard_images": SHARD, "batch": BATCH}
         expected = expected_shards(pool, SHARD, BATCH)
         chance = same_shard_chance(pool, SHARD)
         counted = starts.sum(axis=1).tolist()
@@ -98,10 +101,10 @@ def mixing() -> list[dict[str, Any]]:
     return rows
 
 
-def costs() -> list[dict[str, Any]]:
+def costs(sizes: Sequence[int] = (IMAGES, 10_000_000)) -> list[dict[str, Any]]:
     """Rows of an epoch's order: seconds, and bytes at the peak and afterwards."""
     rows = []
-    for samples in (IMAGES, 10_000_000):
+    for samples in sizes:
         shards = (np.arange(samples) // SHARD).astype(np.int32)
         for window in (0, 32):
             windows = Windows(shards, window) if window else None
@@ -125,9 +128,10 @@ def costs() -> list[dict[str, Any]]:
     return rows
 
 
-def demo(out: Path, seeds: list[int], windows: list[int]) -> list[dict[str, Any]]:
+def demo(
+    out: Path, settings: DemoSettings, seeds: list[int], windows: list[int]
+) -> list[dict[str, Any]]:
     """Rows of the demo trained from a store in random order and from one sorted by caption."""
-    settings = DemoSettings()
     in_random_order, val = write_data(out / "data", settings)
     in_sorted_order = in_random_order.with_name("sorted.jsonl")
     lines = in_random_order.read_text().splitlines(keepends=True)
@@ -186,12 +190,12 @@ def main() -> None:
     )
     parser.add_argument("--demo", type=Path, metavar="WORK", help="train the demo in this folder")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the demo")
-    parser.add_argument("--windows", nargs="+", type=int, default=[0, 4], help="of the demo")
+    parser.add_argument("--windows", nargs="+", type=int, default=[0, 4, 1], help="of the demo")
     parser.add_argument("--no-save", action="store_true", help="leave results/ alone")
     arguments = parser.parse_args()
     if arguments.demo:
         name = "sampling-demo"
-        rows = demo(arguments.demo.absolute(), arguments.seeds, arguments.windows)
+        rows = demo(arguments.demo.absolute(), DemoSettings(), arguments.seeds, arguments.windows)
     else:
         name, rows = "sampling", mixing() + costs()
     print(table(rows), file=sys.stderr)
