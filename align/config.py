@@ -56,6 +56,9 @@ class TrainConfig:
     """Forward passes per optimizer step; a step sees batch_size * grad_accum samples."""
     seed: int = 0
     """Of the connector's initial weights, the order of the samples, and dropout."""
+    shuffle_window: int = 0
+    """0 shuffles all samples together. Above it, so many shards of the store are shuffled together
+    at a time, for spinning disks and object stores: less random, see docs/sampling.md."""
     device: str = "auto"
     """"auto" takes CUDA where there is one; else any torch device."""
     precision: str = "auto"
@@ -107,6 +110,7 @@ class TrainConfig:
             known = ", ".join(map(repr, IO_MODES))
             yield f"read_mode: must be one of {known}, got {self.read_mode!r}"
         for name in (
+            "shuffle_window",
             "eval_every",
             "eval_samples",
             "sample_every",

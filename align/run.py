@@ -27,7 +27,8 @@ from align.checkpoint import Checkpoint, find_checkpoint, load_connector
 from align.config import RunConfig, diff_fields, load_config
 from align.connectors import build_connector
 from align.data.collate import Loader
-from align.data.dataset import DataSplits, Sample, build_splits
+from align.data.dataset import DataSplits, Sample, build_splits, shards_of
+from align.data.sampling import StepSampler, Windows
 from align.data.templates import answer
 from align.data.tokens import SampleEncoder
 from align.errors import CheckpointError, RunError
@@ -155,11 +156,27 @@ class Run:
         self._reader = None
         self._loaders.clear()
 
+    def sampler(self) -> StepSampler:
+        """Which training samples each step sees.
+
+        Raises DataError where there are none.
+        """
+        train = self.config.train
+        samples = self.splits.split("train")
+        windows = None
+        if train.shuffle_window:
+            shards = shards_of(samples, self.store.info.shard_images)
+            windows = Windows(shards, train.shuffle_window)
+        return StepSampler(
+            len(samples), train.batch_size, train.grad_accum, train.seed, windows=windows
+        )
+
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run remembers besides weights, JSON-able.
 
         `data` has digests of the training samples in their order (ids, image keys and answers), of
-        those images' bytes, and of what was held out. `precision` is what `train.precision` came
+        those images' bytes, of what was held out, and of the shards where these decide the order of
+        the samples. `precision` is what `train.precision` came
         to on the device.
         """
         if self._data is None:  # once: there may be half a million samples
@@ -176,6 +193,8 @@ class Run:
                 "images": images.hexdigest(),
                 "division": self.splits.division,
             }
+            if windows := self.sampler().windows:
+                self._data["shards"] = xxhash.xxh3_64_hexdigest(windows.shards.tobytes())
         layer_codec = self.store.layer_codec(self.layer)
         return {
             "store": self.store.fingerprint,

@@ -237,8 +237,7 @@ def start_session(
     run.config = config = replace(config, data=with_sources(config.data, run.store))
     optimizer = build_optimizer(config.optim, run.model.connector)
     loader = run.loader("train")
-    train = config.train
-    sampler = StepSampler(len(loader.samples), train.batch_size, train.grad_accum, train.seed)
+    train, sampler = config.train, run.sampler()
     if train.batch_size > 100 * sampler.num_samples:
         raise ConfigError(
             f"train.batch_size={train.batch_size}: a batch would hold each of the "
@@ -372,7 +371,7 @@ def _check_same_config(before: RunConfig, now: RunConfig, out: Path) -> None:
 
 def _check_same_learning(state: dict[str, Any], run: Run) -> None:
     """Refuses what would make the rest of the run another one: a precision, training samples, their
-    images, channel values of the codec."""
+    images, the shards that order them, channel values of the codec."""
     identity = run.identity()
     if state.get("precision") != identity["precision"]:
         raise CheckpointError(
@@ -387,6 +386,12 @@ def _check_same_learning(state: dict[str, Any], run: Run) -> None:
             f"{run.path}: cannot be resumed: image files of its training samples have changed, and "
             f"{run.store.path} has the features of the new ones: {'; '.join(changed)}; bring the "
             "old files back and run `featcache extract` again, or start another --out"
+        )
+    if [line.split(":")[0] for line in changed] == ["shards"]:
+        raise CheckpointError(
+            f"{run.path}: cannot be resumed: its training samples lie in other shards of "
+            f"{run.store.path} than of the store it was started on, and train.shuffle_window goes "
+            f"by these: {'; '.join(changed)}; use that store, or start another --out"
         )
     if changed:
         raise CheckpointError(

@@ -274,7 +274,7 @@ class Hdf5Writer:
         shapes[COMMITS] = _Dataset((nbytes,), np.dtype(np.uint8))
         with _open_hdf5(self.path, "r+") as file:
             offsets = {name: _create(file, name, dataset) for name, dataset in shapes.items()}
-            file.attrs["featcache"] = json.dumps(info.attributes())
+            file.attrs["featcache"] = _fixed_text(json.dumps(info.attributes()))
         for name, values in small.items():
             at = offsets[name]
             if at is not None:
@@ -318,6 +318,15 @@ def _datasets(spec: ShardSpec, rows: int) -> dict[str, _Dataset]:
     return found
 
 
+def _fixed_text(text: str) -> np.bytes_:
+    """An attribute's ASCII text in the form that lies in the object header, under its checksum.
+
+    h5py puts a `str` into a global heap, which has no checksum and in which libhdf5 looks for ever
+    once a size in it is 0.
+    """
+    return np.bytes_(text.encode("ascii"))
+
+
 def _open_hdf5(path: Path, mode: str) -> h5py.File:
     return h5py.File(
         path,
@@ -339,7 +348,7 @@ def _create(file: h5py.File, name: str, dataset: _Dataset) -> int | None:
     little = dataset.dtype.newbyteorder("<")
     made = file.create_dataset(name, dataset.shape, little, dcpl=layout)
     if dataset.stands_for:
-        made.attrs["dtype"] = dataset.stands_for
+        made.attrs["dtype"] = _fixed_text(dataset.stands_for)
     offset = made.id.get_offset()
     return None if offset is None else int(offset)
 

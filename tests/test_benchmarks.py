@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from align.demo.run import QUICK
-from benchmarks import bench_codec_loss, bench_codecs, bench_open, bench_write
+from benchmarks import bench_codec_loss, bench_codecs, bench_open, bench_sampling, bench_write
 from benchmarks.bench_open import write_index
 from benchmarks.bench_store import measure
 from benchmarks.synthetic import write_store
@@ -58,3 +58,23 @@ def test_bench_open(tmp_path: Path) -> None:
     assert found.keys() == {"open", "find", "peak", "own"}
     assert found["open"] > 0 and found["find"] > 0
     assert bench_open.one_pass(root) > 0
+
+
+def test_bench_sampling() -> None:
+    """What is worked out of a batch is what is counted, where no batch lies across two windows."""
+    rows = bench_sampling.mixing(4 * 128 * 128)
+    found = {(row["provider"], row["metric"], row["x"]): row for row in rows}
+    for window in (0, *bench_sampling.WINDOWS):
+        for metric in ("shards in a batch", "pairs of one shard"):
+            counted, expected = (found[name, metric, window] for name in ("order", "expected"))
+            assert counted["p50"] == pytest.approx(expected["p50"], rel=0.02), (metric, window)
+    assert all(row["p50"] > 0 for row in bench_sampling.costs([1000]))
+    assert "| global | W = 8 |" in bench_sampling.table(rows)
+
+
+@pytest.mark.slow
+def test_bench_sampling_demo(tmp_path: Path) -> None:
+    rows = bench_sampling.demo(tmp_path, QUICK, [0], [0, 1])
+    assert {(row["provider"], row["x"]) for row in rows} == {
+        (f"demo, {order} order", window) for order in ("random", "sorted") for window in (0, 1)
+    }

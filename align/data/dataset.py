@@ -229,6 +229,25 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
     )
 
 
+def shards_of(samples: Sequence[Sample], shard_images: int) -> NDArray[np.int32]:
+    """int32[n]: which shard each sample's first image lies in; 0..S - 1 count those in use.
+
+    Samples without images, which nothing is read for, are dealt out to all shards in turn: a
+    shuffle within windows of shards then has them everywhere, not all at once.
+
+    shard_images: rows a shard.
+    """
+    first = np.fromiter(
+        (sample.rows[0] if len(sample.rows) else -1 for sample in samples), np.int64, len(samples)
+    )
+    has_image = first >= 0
+    used, number = np.unique(first[has_image] // shard_images, return_inverse=True)
+    shards = np.empty(len(samples), np.int32)
+    shards[has_image] = number
+    shards[~has_image] = np.arange(np.count_nonzero(~has_image)) % max(1, len(used))
+    return shards
+
+
 def _usable(joined: Sequence[Sample | Record], chosen: NDArray[np.bool_]) -> list[Sample]:
     return [
         each

@@ -169,6 +169,77 @@ def test_resume_is_bit_for_bit(
     assert not torn.exists()
 
 
+def test_a_windowed_run_resumes_bit_for_bit(
+    world: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """5 shards of 8 in windows of 2, stopped in the first epoch and in the second (of 8 steps)."""
+    data = extract_in_order(world, tmp_path, reverse=False)
+    config = make_config(f"data.files=[{data}]", "train.shuffle_window=2", "train.steps=12")
+    store = tmp_path / "False.zarr"
+    train(config, [store], tmp_path / "whole")
+    for stop in (5, 11):
+        cut = tmp_path / f"cut{stop}"
+        with pytest.raises(StopError):
+            train(config, [store], cut, on_event=stop_after(stop))
+        train(config, [store], cut, resume=True)
+        assert_same_runs(tmp_path / "whole", cut)
+    shutil.copytree(store, tmp_path / "copy.zarr")
+    train(config, [tmp_path / "copy.zarr"], cut, resume=True)
+
+    shuffled = replace(config, train=replace(config.train, shuffle_window=0))
+    train(shuffled, [store], tmp_path / "global")
+    assert metrics(tmp_path / "global") != metrics(tmp_path / "whole")
+
+
+def test_other_shards_or_windows_are_refused(
+    world: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """They order the samples; a global shuffle does not care where these lie."""
+    data = extract_in_order(world, tmp_path, reverse=False)
+    extract_in_order(world, tmp_path, reverse=True)
+    there, other = tmp_path / "False.zarr", tmp_path / "True.zarr"
+    for window in (0, 2):
+        config = make_config(f"data.files=[{data}]", f"train.shuffle_window={window}")
+        train(config, [there], tmp_path / f"{window}")
+    refused = r"lie in other shards of .*True.zarr than .* shards: .*; use that store"
+    with pytest.raises(CheckpointError, match=refused):
+        train(config, [other], tmp_path / "2", resume=True)
+    with pytest.raises(RunError, match=r"other settings: train.shuffle_window: 0 -> 2; give"):
+        train(config, [there], tmp_path / "0", resume=True)
+    config = make_config(f"data.files=[{data}]")
+    train(config, [other], tmp_path / "0", resume=True)
+
+
+def test_a_run_of_before_there_were_windows_resumes(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    train(make_config(), [store.path], tmp_path / "whole")
+    with pytest.raises(StopError):
+        train(make_config(), [store.path], tmp_path / "old", on_event=stop_after(3))
+    config = tmp_path / "old/config.yaml"
+    kept = [line for line in config.read_text().splitlines() if "shuffle_window" not in line]
+    config.write_text("\n".join(kept))
+    train(make_config(), [store.path], tmp_path / "old", resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "old")
+
+
+def extract_in_order(world: Path, folder: Path, *, reverse: bool) -> Path:
+    """A store of 5 shards, by name or the other way round; returns the data in the first order."""
+    lines = (world / "captions.jsonl").read_text().splitlines(keepends=True)
+    data = folder / f"{reverse}.jsonl"
+    data.write_text("".join(reversed(lines) if reverse else lines))
+    extract(
+        ExtractOptions(
+            model=str(world / "siglip"),
+            data=(data,),
+            image_root=world / "images",
+            out=folder / f"{reverse}.zarr",
+            shard_images=8,
+        )
+    )
+    return data
+
+
 def test_killed_at_any_moment(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
     """A process that is killed without warning again and again arrives at the same bytes."""
     config = make_config("train.steps=60", "connector.dropout=0.1", "train.save_every=5")

@@ -1,6 +1,6 @@
 """Sweeps that take minutes, of which the suite runs a part.
 
-python -m tests.faults.sweeps hdf5      every byte of an HDF5 store with one bit flipped
+python -m tests.faults.sweeps hdf5      every byte of an HDF5 store with one bit flipped; 10 minutes
 python -m tests.faults.sweeps images    damaged image files through the decoder
 """
 

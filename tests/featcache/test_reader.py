@@ -55,6 +55,15 @@ def reading_of(name: str, path: Path) -> dict[str, Any]:
     return options
 
 
+@pytest.fixture(autouse=True, scope="module")
+def collected() -> Iterator[None]:
+    """What other tests left is gone, and a collection takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(params=list(READINGS))
 def reading(request: pytest.FixtureRequest, store_path: Path) -> dict[str, Any]:
     """Options of a reader, each way in which rows are read."""
@@ -272,6 +281,7 @@ def test_memory_limits_of_control_groups(tmp_path: Path, version: int) -> None:
 
 
 def open_files() -> int:
+    gc.collect()  # what goes later belongs to other tests
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -421,7 +431,6 @@ def test_a_missing_shard_and_flipped_bytes_are_named(copy: Path, copy_reading: d
 @contextmanager
 def files_left(count: int) -> Iterator[None]:
     """Only so many more files can be opened."""
-    gc.collect()  # what goes later would leave more
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     probe = os.open("/dev/null", os.O_RDONLY)
     os.close(probe)
@@ -436,6 +445,7 @@ def files_left(count: int) -> Iterator[None]:
 
 def test_too_many_open_files(copy: Path, copy_reading: dict) -> None:
     """The reader does with fewer, and says so where there are none at all."""
+    gc.collect()  # what goes later would leave more
     store = featcache.open(copy)
     with store.reader(**copy_reading) as reader, store.reader("last", **copy_reading) as other:
         expected = bits(other.read(GOOD))

@@ -48,7 +48,7 @@ def test_h5py_reads_what_zarr_python_reads(zarr_store: Path, layer: str) -> None
             names += [f"scales/{layer}", f"channels/{layer}"]
         for name in names:
             np.testing.assert_array_equal(bits(file[name][:]), bits(group[name][:]))
-        bf16 = file[f"features/{layer}"].attrs.get("dtype") == "bfloat16"
+        bf16 = file[f"features/{layer}"].attrs.get("dtype") == b"bfloat16"
         assert bf16 == (featcache.open(path).codec.name == "bf16")
 
 
