@@ -26,7 +26,7 @@ class Buffers:
             chosen = min(fitting, key=len)
             self._free = [buffer for buffer in self._free if buffer is not chosen]
             return chosen
-        wanted = images * (self._layer.code_bytes + self._layer.scale_bytes)
+        wanted = images * self._layer.image_bytes
         self._budget_bytes = max(self._budget_bytes, 2 * wanted)
         while self._free and self._nbytes + wanted > self._budget_bytes:
             self._nbytes -= self._free.pop().nbytes  # all of them are too small

@@ -38,7 +38,7 @@ class OpenFiles:
         self.where = where
         self._open: OrderedDict[int, OpenFile] = OrderedDict()
         self._seen = np.zeros((-(-rows // where.rows_per_file), 2), np.int64)
-        self._capacity = max(8, min(_MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE))
+        self._capacity = max(1, min(_MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE))
 
     def path(self, number: int) -> Path:
         return self.where.paths(number)

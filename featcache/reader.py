@@ -17,7 +17,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -163,13 +163,16 @@ class FeatureReader:
 
     def read_stored(self, rows: np.ndarray[Any, Any]) -> StoredFeatures:
         """`read`, as it lies in the store."""
+        return self.begin(rows).result()
+
+    def begin(self, rows: np.ndarray[Any, Any]) -> Reading:
+        """Begin `read_stored` in the background. Raises StoreError for wrong rows."""
         buffer = allocate(self._layer, len(rows), self.options.pin_memory)
-        self._finish(self._submit(rows, buffer))
-        return buffer
+        return Reading(self, self._submit(rows, buffer))
 
     def stream(
         self, batches: Iterable[np.ndarray[Any, Any]], device: torch.device | None = None
-    ) -> Iterator[StoredFeatures]:
+    ) -> Generator[StoredFeatures, None, None]:
         """The features of each batch of rows, in order, read ahead in the background.
 
         Each is valid until the next iteration: it may be a view of a reused buffer.
@@ -180,7 +183,9 @@ class FeatureReader:
         """
         return on_device(self._stream(batches), device)
 
-    def _stream(self, batches: Iterable[np.ndarray[Any, Any]]) -> Iterator[StoredFeatures]:
+    def _stream(
+        self, batches: Iterable[np.ndarray[Any, Any]]
+    ) -> Generator[StoredFeatures, None, None]:
         pending: deque[_Pending] = deque()
         source = iter(batches)
         rows: np.ndarray[Any, Any] | None = None  # asked for, but without a buffer yet
@@ -407,6 +412,19 @@ class FeatureReader:
                 return CorruptStoreError(f"{path}: {why}; if it is gone, {where.cure}")
             case _:
                 return CorruptStoreError(f"{path}: {why}; {where.cure}")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A batch that `FeatureReader.begin` began."""
+
+    _reader: FeatureReader
+    _batch: _Pending
+
+    def result(self) -> StoredFeatures:
+        """Wait for it. Raises as `FeatureReader.read` does."""
+        self._reader._finish(self._batch)
+        return self._batch.buffer
 
 
 def _as_bytes(values: Tensor) -> np.ndarray[Any, Any]:

@@ -137,11 +137,7 @@ class Store:
         Raises ConfigError for a layer that the store does not hold, and for wrong options.
         """
         chosen = self.layers[0] if layer is None else layer
-        if chosen not in self.layers:
-            raise ConfigError(
-                f"{self.path} holds no layer {chosen!r}, only {', '.join(self.layers)}; extract "
-                f"it with --layer {chosen}"
-            )
+        layer_codec = self.layer_codec(chosen)
         wanted = ReaderOptions(**options)
         codes, scales = self.placements(chosen)
         status = self.index.status
@@ -151,7 +147,7 @@ class Store:
         return FeatureReader(
             codes,
             scales,
-            self.layer_codec(chosen),
+            layer_codec,
             status,
             self.index.checksums[chosen],
             choose_mode(wanted.io, self.num_images * pitch_bytes, example),
@@ -167,7 +163,13 @@ class Store:
         return codes, self.form.placement(self.spec, layout.scales_name(layer))
 
     def layer_codec(self, layer: str) -> LayerCodec:
-        """How a layer is coded. Raises CorruptStoreError."""
+        """How a layer is coded. Raises ConfigError for one that the store does not hold, and
+        CorruptStoreError."""
+        if layer not in self.layers:
+            raise ConfigError(
+                f"{self.path} holds no layer {layer!r}, only {', '.join(self.layers)}; extract "
+                f"it with --layer {layer}"
+            )
         return self.spec.layers[layer]
 
 

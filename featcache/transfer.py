@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
+from contextlib import closing
 
 import torch
 
@@ -10,8 +11,8 @@ from featcache.codecs import StoredFeatures
 
 
 def on_device(
-    batches: Iterator[StoredFeatures], device: torch.device | None
-) -> Iterator[StoredFeatures]:
+    batches: Generator[StoredFeatures, None, None], device: torch.device | None
+) -> Generator[StoredFeatures, None, None]:
     """The batches there, still in their stored, small form.
 
     To CUDA each batch is copied while the one before it is used: on a stream of its own, from
@@ -20,26 +21,33 @@ def on_device(
     """
     if device is None or device.type == "cpu":
         return batches
-    if device.type != "cuda":
-        return (features.to(device) for features in batches)
-    return _to_cuda(batches, device)
+    return _to_cuda(batches, device) if device.type == "cuda" else _to_other(batches, device)
+
+
+def _to_other(
+    batches: Generator[StoredFeatures, None, None], device: torch.device
+) -> Generator[StoredFeatures, None, None]:
+    with closing(batches):
+        for features in batches:
+            yield features.to(device, non_blocking=False)  # the buffer is read into again
 
 
 def _to_cuda(
-    batches: Iterator[StoredFeatures], device: torch.device
+    batches: Generator[StoredFeatures, None, None], device: torch.device
 ) -> Generator[StoredFeatures, None, None]:
     copying = torch.cuda.Stream(device)
     ahead: tuple[StoredFeatures, torch.cuda.Event] | None = None
-    for features in batches:
-        with torch.cuda.stream(copying):
-            now = features.to(device), copying.record_event()
+    with closing(batches):
+        for features in batches:
+            with torch.cuda.stream(copying):
+                now = features.to(device), copying.record_event()
+            if ahead is not None:
+                yield _arrived(*ahead, device)
+            # Into this buffer the next batch may be read. A step lies between: it has left by now.
+            now[1].synchronize()
+            ahead = now
         if ahead is not None:
             yield _arrived(*ahead, device)
-        # Into this buffer the next batch may be read. A step lies between: it has left by now.
-        now[1].synchronize()
-        ahead = now
-    if ahead is not None:
-        yield _arrived(*ahead, device)
 
 
 def _arrived(

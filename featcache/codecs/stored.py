@@ -42,6 +42,11 @@ class LayerCodec:
         """Of one image's patch scales."""
         return self.num_patches * 4 if self.codec.scaled else 0
 
+    @property
+    def image_bytes(self) -> int:
+        """Of one image as it is stored."""
+        return self.code_bytes + self.scale_bytes
+
     def to(self, device: torch.device | str) -> LayerCodec:
         """The same, with its channel values on another device; copied there once."""
         device = torch.device(device)
@@ -101,10 +106,10 @@ class StoredFeatures:
         scales = None if self.scales is None else self.scales[images]
         return StoredFeatures(self.codes[images], scales, self.layer)
 
-    def to(self, device: torch.device | str) -> StoredFeatures:
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> StoredFeatures:
         """The same on another device, still in the stored, small form."""
-        scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
-        codes = self.codes.to(device, non_blocking=True)
+        scales = None if self.scales is None else self.scales.to(device, non_blocking=non_blocking)
+        codes = self.codes.to(device, non_blocking=non_blocking)
         return StoredFeatures(codes, scales, self.layer.to(device))
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:

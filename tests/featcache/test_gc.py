@@ -130,7 +130,7 @@ def test_a_dropped_row_is_never_read_as_something_else(
     options: ExtractOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a run that opened the store before the image changed, and has checked the row already."""
-    monkeypatch.setattr("featcache.reader.OPEN_FILES_PER_THREAD", 1)
+    monkeypatch.setattr("featcache.open_files._MOST", 1)
     store = featcache.open(options.out)
     with store.reader(threads=1) as reader:
         reader.read(np.arange(10))

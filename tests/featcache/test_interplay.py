@@ -54,8 +54,9 @@ def spoil(path: Path, at: int = 0) -> None:
     path.write_bytes(raw)
 
 
-def test_threads_of_a_reader_know_of_each_others_files(options: ExtractOptions) -> None:
-    """A row that one thread has checked, and that was dropped since, is no row for another."""
+def test_a_reader_knows_that_a_file_was_replaced(options: ExtractOptions) -> None:
+    """A row that it has checked, and that was dropped since, is no row once the file is reopened;
+    nor is it in a batch that was begun before this was noticed."""
     extract(options)
     store = featcache.open(options.out)
     with store.reader(threads=1) as reader:
@@ -65,10 +66,13 @@ def test_threads_of_a_reader_know_of_each_others_files(options: ExtractOptions) 
         shutil.copy(options.image_root / "0001.png", options.image_root / "0000.png")
         extract(options)
         assert collect(options.out).rows == 1
-        reader.read(rows)  # that thread has the old file open
-        codes = np.zeros((1, store.layer_codec("-2").code_bytes), np.uint8)
-        with pytest.raises(CorruptStoreError, match="not the bytes that were written"):
-            reader._read_part(rows, np.array([0]), codes, None)  # on a thread that has not
+        reader.read(rows)  # it has the old file open
+        for files in reader._files:
+            files.close()
+        begun = [reader.begin(rows) for _ in range(2)]
+        for reading in begun:
+            with pytest.raises(CorruptStoreError, match="not the bytes that were written"):
+                reading.result()
         with pytest.raises(CorruptStoreError, match="not the bytes that were written"):
             reader.read(rows)
         reader.read(store.rows(["0002.png"]))
