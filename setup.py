@@ -18,6 +18,7 @@ class BuildWithConfigs(build_py):
 
 setup(
     cmdclass={"build_py": BuildWithConfigs},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for this and later ones
     ext_modules=[
         Extension(
             "featcache._gather",

@@ -69,7 +69,7 @@ print(json.dumps({
 """
 
 
-def write_index(root: Path, rows: int) -> Path:
+def write_index(root: Path, rows: int, num_patches: int = 729, width: int = 1152) -> Path:
     """A store of `rows` images, but for its features and its journal."""
     digits = np.arange(rows)[:, None] // 10 ** np.arange(8, -1, -1) % 10 + ord("0")
     thousands = np.arange(rows)[:, None] // 1000 // 10 ** np.arange(4, -1, -1) % 10 + ord("0")
@@ -102,8 +102,8 @@ def write_index(root: Path, rows: int) -> Path:
         fingerprint={"encoder": {"name": "an index only"}},
         codec="fp16",
         layers=["-2"],
-        num_patches=729,
-        width=1152,
+        num_patches=num_patches,
+        width=width,
         shard_images=128,
         pooled=True,
         index="index/00000001",

@@ -541,6 +541,8 @@ static PyObject *job_wait(PyObject *self, PyObject *Py_UNUSED(ignored)) {
     Job *job = (Job *)self;
     if (wait_for(job, 1))
         return NULL;
+    if (job->finished < job->rows) /* in a forked child, without the threads */
+        return Py_BuildValue("iinn", CANNOT_READ, ECANCELED, (Py_ssize_t)0, (Py_ssize_t)0);
     return Py_BuildValue("iinn", job->outcome, job->error, (Py_ssize_t)job->failed_row,
                          (Py_ssize_t)job->failed_part);
 }
@@ -709,8 +711,13 @@ static PyObject *pool_submit(PyObject *self, PyObject *arguments) {
         if (!job->compare)
             goto failed;
     }
-    job->pool = (Pool *)Py_NewRef((PyObject *)pool);
     pthread_mutex_lock(&pool->lock);
+    if (pool->stopping) { /* by another thread, which lets go of the GIL meanwhile */
+        pthread_mutex_unlock(&pool->lock);
+        PyErr_SetString(PyExc_ValueError, "a closed pool");
+        goto failed;
+    }
+    job->pool = (Pool *)Py_NewRef((PyObject *)pool);
     if (pool->newest)
         pool->newest->next = job;
     else

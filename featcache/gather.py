@@ -169,8 +169,11 @@ class PythonJob:
     futures: list[Future[None]] = field(default_factory=list)
     _opened: list[tuple[int, int, int, int]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _pid: int = field(default_factory=os.getpid)
 
     def wait(self) -> Result:
+        if os.getpid() != self._pid and not all(future.done() for future in self.futures):
+            return Result(Outcome.CANNOT_READ, errno.ECANCELED, 0, 0)  # the threads are not here
         wait(self.futures)
         for future in self.futures:
             try:
@@ -182,6 +185,8 @@ class PythonJob:
         return Result(Outcome.DONE, 0, 0, 0)
 
     def cancel(self) -> None:
+        if os.getpid() != self._pid:
+            return
         wait([future for future in self.futures if not future.cancel()])
 
     def take_opened(self) -> list[tuple[int, int, int, int]]:

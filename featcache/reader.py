@@ -402,7 +402,10 @@ class FeatureReader:
             case Outcome.TRUNCATED:
                 return CorruptStoreError(f"{path} is truncated; {where.cure}")
             case _ if result.error == errno.ECANCELED:
-                return StoreError("this feature reader was closed while it read")
+                return StoreError(
+                    "this feature reader was closed, or its process was forked, while it read; "
+                    "begin anew"
+                )
             case _ if result.error in (errno.EMFILE, errno.ENFILE):
                 return StoreError(
                     f"{path}: {why}, although the reader has closed its own; raise the limit "
