@@ -38,7 +38,7 @@ enum {
     PARTS = 2,              /* arrays that a row has bytes in: codes, scales */
     IOVECS = 256,           /* of one read; each row may need a second one for the padding */
     RUN_BYTES = 1 << 20,    /* neighbours are read together up to here */
-    PIECE_BYTES = 1 << 18,  /* of a long row that is hashed: a core's own cache holds it */
+    PIECE_BYTES = 1 << 18,  /* of a longer row; a core's own cache holds it */
     DIRECT_BYTES = 4096,    /* O_DIRECT's unit: of offset, length and address */
     STRIPE = 64,            /* XXH3's, in bytes */
     BLOCK = 16,             /* XXH3's, in stripes */
@@ -279,11 +279,6 @@ static int descriptor_of(Job *job, File *file) {
         errno = error;
         return -1;
     }
-#ifdef POSIX_FADV_RANDOM
-    /* What is read ahead of a random row is not wanted. */
-    if (!job->pool->direct)
-        posix_fadvise(found, 0, 0, POSIX_FADV_RANDOM);
-#endif
     if (!atomic_compare_exchange_strong(&file->descriptor, &nobody, found)) {
         close(found);
         return nobody;
@@ -402,8 +397,12 @@ static int read_part(Job *job, int index, size_t first, size_t last, Scratch *sc
     return DONE;
 }
 
-/* One row's first part, in pieces that are hashed while the cache holds them. */
-static int read_hashing(Job *job, size_t row, size_t stripes, Hash *hash, Scratch *scratch) {
+/* One row's first part, in pieces that are hashed, if they are, while the core's cache holds them.
+ *
+ * Pieces also decide how the kernel keeps what it did not have: it takes the second one for the
+ * begin of a sequence and brings it in large folios, from which all later reads of the row are
+ * faster than from single pages (docs/performance.md). */
+static int read_long_row(Job *job, size_t row, size_t stripes, Hash *hash, Scratch *scratch) {
     const Part *part = &job->parts[0];
     uint8_t *memory = part->memory + (size_t)part->places[row] * part->size;
     const uint8_t *data = NULL;
@@ -423,7 +422,8 @@ static int read_hashing(Job *job, size_t row, size_t stripes, Hash *hash, Scratc
         }
         done += piece;
         size_t whole = done / STRIPE < stripes ? done / STRIPE : stripes;
-        hash_stripes(hash, memory + hash->stripes * STRIPE, whole - hash->stripes);
+        if (whole > hash->stripes)
+            hash_stripes(hash, memory + hash->stripes * STRIPE, whole - hash->stripes);
     }
     if (outcome != DONE)
         fail(job, outcome, errno, row, 0);
@@ -434,22 +434,25 @@ static int read_hashing(Job *job, size_t row, size_t stripes, Hash *hash, Scratc
 static void work_on(Job *job, size_t first, size_t last, Scratch *scratch) {
     const Part *codes = &job->parts[0], *scales = job->num_parts > 1 ? &job->parts[1] : NULL;
     size_t scale_bytes = scales ? scales->size : 0;
-    int in_pieces = job->checksums && last == first + 1 && job->compare[first];
+    int is_long = last == first + 1 && codes->size > PIECE_BYTES;
     Hash hash;
     hash_begin(&hash);
-    if (in_pieces) {
-        size_t stripes = stripes_of(codes->size + scale_bytes);
-        if (read_hashing(job, first, stripes, &hash, scratch) != DONE)
+    if (is_long) {
+        int compared = job->checksums && job->compare[first];
+        size_t stripes = compared ? stripes_of(codes->size + scale_bytes) : 0;
+        if (read_long_row(job, first, stripes, &hash, scratch) != DONE)
             return;
     }
-    for (int index = in_pieces; index < job->num_parts; index++)
+    for (int index = is_long; index < job->num_parts; index++)
         if (read_part(job, index, first, last, scratch) != DONE)
             return;
     for (size_t row = first; job->checksums && row < last; row++) {
         if (!job->compare[row])
             continue;
-        const uint8_t *more = scales ? scales->memory + (size_t)scales->places[row] * scale_bytes : NULL;
-        if (!in_pieces)
+        const uint8_t *more = NULL;
+        if (scales)
+            more = scales->memory + (size_t)scales->places[row] * scale_bytes;
+        if (!is_long)
             hash_begin(&hash);
         uint64_t checksum =
             hash_two(&hash, codes->memory + (size_t)codes->places[row] * codes->size, codes->size,
