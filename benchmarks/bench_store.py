@@ -25,8 +25,8 @@ import zarr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import featcache
-from benchmarks import results
-from benchmarks.synthetic import write_store
+from align.bench import results
+from align.bench.synthetic import write_store
 from featcache.reader import FeatureReader
 
 BATCH = 32
@@ -130,7 +130,7 @@ def main() -> None:
             file=sys.stderr,
         )
     if not arguments.quick and not arguments.no_save:
-        results.write("store", rows)
+        results.write(Path(__file__).with_name("results") / "store.jsonl", rows)
     print(json.dumps({"results": rows}))
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from align.bench.synthetic import write_store
 from align.demo.run import QUICK
 from benchmarks import bench_codec_loss, bench_codecs, bench_open, bench_write
 from benchmarks.bench_open import write_index
 from benchmarks.bench_store import measure
-from benchmarks.synthetic import write_store
 from featcache.codecs import CODECS
 
 

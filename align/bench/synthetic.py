@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,18 @@ from featcache.layout import StoreInfo
 from featcache.writer import ShardBuffer, ShardSpec
 
 
+def features(row: int, num_patches: int = 729, width: int = 1152) -> np.ndarray[Any, Any]:
+    """float16[P, D], incompressible and finite; the same for the same row in every process."""
+    bits = np.random.default_rng([0, row]).bytes(num_patches * width * 2)
+    # The exponent's top bit stays clear, so that every value is finite.
+    finite = np.frombuffer(bits, np.uint16) & np.uint16(0xBFFF)
+    return finite.view(np.float16).reshape(num_patches, width)
+
+
 def write_store(
     out: Path, images: int, num_patches: int = 729, width: int = 1152, shard_images: int = 128
 ) -> Path:
-    """`images` rows of incompressible finite fp16 under the keys "0.jpg", "1.jpg", ..."""
+    """A store whose row r is `features(r)`, of the key "r.jpg"."""
     codec = get_codec("fp16")
     info = StoreInfo(
         fingerprint={"encoder": {"name": "random features"}},
@@ -45,13 +54,11 @@ def write_store(
     prepare_store(out, info, codec, [plan], plan)
     layer = LayerCodec(codec, num_patches, width)
     buffer = ShardBuffer(ShardSpec(shard_images, {"-2": layer}, None, width))
-    rng = np.random.default_rng(0)
     for shard in plan.shards:
         buffer.clear(shard)
         for slot in range(len(plan.digests_of(shard))):
-            # The exponent's top bit stays clear, so that every value is finite.
-            bits = rng.integers(0, 2**16, (1, num_patches, width), dtype=np.uint16) & 0xBFFF
-            codes = torch.from_numpy(bits.view(np.float16))
+            row = shard * shard_images + slot
+            codes = torch.from_numpy(features(row, num_patches, width))[None]
             buffer.set(slot, {"-2": StoredFeatures(codes, None, layer)}, None, (640, 480))
         buffer.publish(out)
     compile_index(out, info, Journal.load(out))
