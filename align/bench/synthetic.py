@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from align.bench.features import features
 from featcache.codecs import LayerCodec, StoredFeatures, get_codec
 from featcache.extract import prepare_store
 from featcache.images import digest
@@ -15,14 +15,6 @@ from featcache.index import compile_index
 from featcache.journal import Journal, Plan
 from featcache.layout import StoreInfo
 from featcache.writer import ShardBuffer, ShardSpec
-
-
-def features(row: int, num_patches: int = 729, width: int = 1152) -> np.ndarray[Any, Any]:
-    """float16[P, D], incompressible and finite; the same for the same row in every process."""
-    bits = np.random.default_rng([0, row]).bytes(num_patches * width * 2)
-    # The exponent's top bit stays clear, so that every value is finite.
-    finite = np.frombuffer(bits, np.uint16) & np.uint16(0xBFFF)
-    return finite.view(np.float16).reshape(num_patches, width)
 
 
 def write_store(

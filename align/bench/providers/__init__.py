@@ -8,23 +8,25 @@ needs and nothing of its neighbours.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from featcache.errors import ConfigError
 
 ORDERS = ("random", "sequential")
 CACHES = ("warm", "cold", "small-ram")
 
 HERE = "align.bench.providers"
 FORMATS = {
-    "featcache": f"{HERE}.ours:write",
-    "flat": f"{HERE}.flat:write_flat",
-    "safetensors": f"{HERE}.flat:write_safetensors",
-    "pt": f"{HERE}.flat:write_pt",
+    "featcache": f"{HERE}.ours_writing:write",
+    "flat": f"{HERE}.memmap:write",
+    "safetensors": f"{HERE}.safetensors_shards:write",
+    "pt": f"{HERE}.pt_files:write",
     "hdf5": f"{HERE}.hdf5:write",
-    "tar": f"{HERE}.streams:write_tar",
-    "mds": f"{HERE}.streams:write_mds",
-    "litdata": f"{HERE}.streams:write_litdata",
+    "tar": f"{HERE}.tars:write",
+    "mds": f"{HERE}.mds:write",
+    "litdata": f"{HERE}.litdata_chunks:write",
 }
 """{format: "module:function" that writes it: (folder, data) -> None}."""
 
@@ -96,17 +98,20 @@ PROVIDERS = [
         "featcache, 2 threads, direct", STREAM, "featcache", {**TWO, "io": "direct"}, caches=DISK
     ),
     Provider("featcache read, fresh memory", f"{HERE}.ours:Read", "featcache", ONE),
-    Provider("np.memmap, np.take", f"{HERE}.flat:Memmap", "flat", caches=CACHES),
+    Provider("np.memmap, np.take", f"{HERE}.memmap:Memmap", "flat", caches=CACHES),
     Provider(
         "h5py, read_direct_chunk", f"{HERE}.hdf5:DirectChunk", "hdf5", caches=CACHES, beside=True
     ),
     Provider("h5py, read_direct", f"{HERE}.hdf5:ReadDirect", "hdf5"),
     Provider(
-        "safetensors, a key an image", f"{HERE}.flat:Safetensors", "safetensors", caches=CACHES
+        "safetensors, a key an image",
+        f"{HERE}.safetensors_shards:Safetensors",
+        "safetensors",
+        caches=CACHES,
     ),
     Provider(
         "tensorstore, write into a buffer",
-        f"{HERE}.zarr_readers:TensorstoreWriteInto",
+        f"{HERE}.tensorstore_readers:WriteInto",
         "featcache",
         needs=TENSORSTORE,
         caches=CACHES,
@@ -114,27 +119,27 @@ PROVIDERS = [
     ),
     Provider(
         "tensorstore, Batch",
-        f"{HERE}.zarr_readers:TensorstoreBatch",
+        f"{HERE}.tensorstore_readers:Batch",
         "featcache",
         needs=TENSORSTORE,
     ),
     Provider(
         "tensorstore, index array",
-        f"{HERE}.zarr_readers:TensorstoreIndex",
+        f"{HERE}.tensorstore_readers:Index",
         "featcache",
         needs=TENSORSTORE,
     ),
     Provider(
         "zarr-python with zarrs, array[i]",
-        f"{HERE}.zarr_readers:Zarrs",
+        f"{HERE}.zarrs_pipeline:Zarrs",
         "featcache",
         needs={"zarrs": "zarrs"},
     ),
-    Provider("zarr-python, async gather", f"{HERE}.zarr_readers:ZarrGather", "featcache"),
-    Provider("zarr-python, array[i]", f"{HERE}.zarr_readers:ZarrLoop", "featcache", caches=CACHES),
+    Provider("zarr-python, async gather", f"{HERE}.zarr_python:Gather", "featcache"),
+    Provider("zarr-python, array[i]", f"{HERE}.zarr_python:Loop", "featcache", caches=CACHES),
     Provider(
         "zarr-python, oindex[rows]",
-        f"{HERE}.zarr_readers:ZarrOindex",
+        f"{HERE}.zarr_python:Oindex",
         "featcache",
         is_slow=True,
         caches=WARM,
@@ -144,14 +149,14 @@ PROVIDERS = [
     Provider("DataLoader, 2 workers, zarr-python", f"{HERE}.loaders:ZarrLoader", "featcache"),
     Provider(
         "MosaicML Streaming, dataset[i]",
-        f"{HERE}.streams:Mds",
+        f"{HERE}.mds:Mds",
         "mds",
         needs={"streaming": "mosaicml-streaming"},
         caches=CACHES,
     ),
     Provider(
         "LitData, dataset[i]",
-        f"{HERE}.streams:LitData",
+        f"{HERE}.litdata_chunks:LitData",
         "litdata",
         needs={"litdata": "litdata"},
         caches=CACHES,
@@ -159,22 +164,32 @@ PROVIDERS = [
     ),
     Provider(
         "LitData, iterated",
-        f"{HERE}.streams:LitDataIterated",
+        f"{HERE}.litdata_chunks:LitDataIterated",
         "litdata",
         needs={"litdata": "litdata"},
         orders=("sequential",),
     ),
     Provider(
         "WebDataset",
-        f"{HERE}.streams:WebDataset",
+        f"{HERE}.tars:WebDataset",
         "tar",
         needs={"webdataset": "webdataset"},
         orders=("sequential",),
     ),
-    Provider("one .pt file an image", f"{HERE}.flat:PtFiles", "pt"),
+    Provider("one .pt file an image", f"{HERE}.pt_files:PtFiles", "pt"),
 ]
 
 
-def missing(providers: Iterable[Provider]) -> dict[str, list[str]]:
-    """{provider: packages to install}, of those that cannot run here."""
-    return {provider.name: provider.missing for provider in providers if provider.missing}
+def choose(words: Sequence[str]) -> list[Provider]:
+    """Those whose names begin with one of `words`, and the ceilings; all where there are none.
+
+    Raises ConfigError for a word that is the beginning of no name.
+    """
+    chosen = [provider for provider in PROVIDERS if provider.ceiling or not words]
+    for word in words:
+        found = [each for each in PROVIDERS if each.name.lower().startswith(word.lower())]
+        if not found:
+            known = dict.fromkeys(each.name.split(",")[0] for each in PROVIDERS)
+            raise ConfigError(f"--providers: no provider {word!r}; known: {', '.join(known)}")
+        chosen += found
+    return [provider for provider in PROVIDERS if provider in chosen]

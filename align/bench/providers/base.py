@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from align.bench.synthetic import features
+from align.bench.features import features
 
 BATCH_IMAGES = 32
 SHARD_IMAGES = 128
 """Images of a file, in the formats that put several into one."""
+STORE = "store.zarr"
+ARRAY = f"{STORE}/features/-2"
+"""featcache's store, and the array in it that any reader of Zarr can open."""
 
 Rows = np.ndarray[Any, Any]
 Features = np.ndarray[Any, Any]
@@ -86,3 +89,19 @@ class Reader:
 
     def close(self) -> None:
         """End threads and processes."""
+
+
+class Sequential(Reader):
+    """Rows in their order only: a batch that begins with row 0 begins a new pass."""
+
+    images: Iterator[Features]
+
+    def read(self, rows: Rows) -> Features:
+        if rows[0] == 0:
+            self.images = self.start()
+        for place in range(len(rows)):
+            self.out[place] = next(self.images)
+        return self.out[: len(rows)]
+
+    def start(self) -> Iterator[Features]:
+        raise NotImplementedError

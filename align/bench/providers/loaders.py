@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from align.bench.providers.base import BATCH_IMAGES, Data, Features, Reader, Rows
-from align.bench.providers.zarr_readers import ARRAY
+from align.bench.providers.base import ARRAY, BATCH_IMAGES, STORE, Data, Features, Reader, Rows
 from featcache.store import Store
 
 WORKERS = 2
@@ -31,6 +30,8 @@ class Loader(Reader):
             num_workers=WORKERS,
             prefetch_factor=PREFETCH,
             persistent_workers=True,
+            # Linux's default up to Python 3.13; a spawned process would hand on its own.
+            multiprocessing_context="fork",
             collate_fn=self.collate(),
         )
 
@@ -82,7 +83,7 @@ class PreadBatches(Dataset[Any]):
     """
 
     def __init__(self, path: Path, slots: torch.Tensor) -> None:
-        store = Store(path / "store.zarr")
+        store = Store(path / STORE)
         self.codes, _ = store.placements(store.layers[0])
         self.slots = slots
         self.descriptors: dict[int, int] = {}

@@ -7,14 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.bench.providers.base import SHARD_IMAGES, Data, Features, Reader, Rows, UnavailableError
-from align.bench.synthetic import write_store
+from align.bench.providers.base import STORE, Data, Features, Reader, Rows, UnavailableError
 from featcache.reader import FeatureReader
 from featcache.store import Store
-
-
-def write(folder: Path, data: Data) -> None:
-    write_store(folder / "store.zarr", *data.shape, shard_images=SHARD_IMAGES)
 
 
 def open_reader(store: Store, **options: Any) -> FeatureReader:
@@ -31,7 +26,7 @@ class Stream(Reader):
 
     def __init__(self, path: Path, data: Data, **options: Any) -> None:
         super().__init__(path, data)
-        self.reader = open_reader(Store(path / "store.zarr"), **options)
+        self.reader = open_reader(Store(path / STORE), **options)
 
     def batches(self, batches: Sequence[Rows]) -> Iterator[Features]:
         for stored in self.reader.stream(batches):
