@@ -106,10 +106,14 @@ class ProviderProcess:
         own: int = self.ask("peak")
         return own + sum(map(usage.proportional_bytes, children))
 
-    def own_bytes(self) -> int:
-        """Memory of all its processes that the kernel cannot drop."""
+    def own_peak_bytes(self) -> int:
+        """At its highest, the memory of all its processes that the kernel cannot drop."""
         tree = usage.process_tree(self.pid)
-        return sum(usage.memory_bytes(pid, "RssAnon", "RssShmem") for pid in tree)
+        own = sum(usage.memory_bytes(pid, "RssAnon", "RssShmem") for pid in tree)
+        # What was taken for a read and given back; mapped files count with what they hold now.
+        return own + sum(
+            usage.memory_bytes(pid, "VmHWM") - usage.memory_bytes(pid, "VmRSS") for pid in tree
+        )
 
     def close(self) -> None:
         """End it and its children. May be called again."""
@@ -276,7 +280,7 @@ class Server:
         return (*found[0], busy / alone)
 
     def release(self) -> None:
-        self.reader.release()
+        usage.unmap_pages(self.folder)
 
     def peak(self) -> int:
         return usage.memory_bytes(os.getpid(), "VmHWM") - self.opened_bytes

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +76,7 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """What is told on the way. note: a line. progress: (done, total) passes."""
+    """What is told on the way. note: a line. progress: (done, total) openings and passes."""
 
     note: Callable[[str], None] = lambda line: None
     progress: Callable[[int, int], None] = lambda done, total: None
@@ -120,6 +120,7 @@ class Bench:
         self.folder, self.plan, self.watch = folder, plan, watch
         self.data = plan.data
         self.findings = Findings()
+        self.done = self.total = 0  # of what `Watch.progress` counts
 
     # ------------------------------------------------------------------------------ who takes part
 
@@ -133,6 +134,10 @@ class Bench:
             self.leave_out(provider.name, "in full runs only")
             return False
         return True
+
+    def step(self) -> None:
+        self.done += 1
+        self.watch.progress(self.done, self.total)
 
     def leave_out(self, name: str, why: str) -> None:
         self.findings.left_out[name] = why
@@ -209,23 +214,25 @@ class Bench:
 
             def start(provider: Provider) -> ProviderProcess | None:
                 process = self.start(provider, stack)
-                return process if self.open(process) else None
+                is_open = self.open(process)
+                self.step()
+                return process if is_open else None
 
-            processes = [found for found in each(start, wanted) if found]
             sections = [Section(cache, order) for cache in caches for order in ORDERS]
             if "warm" in caches:
                 sections.append(Section("warm", "random", beside="pure Python"))
-            total = sum(
-                self.rounds(section) * len(participants(processes, section)) for section in sections
-            )
-            done = 0
+            self.total += len(wanted)
+            for section in sections:
+                self.total += self.rounds(section) * len(participants(wanted, section))
+            processes = [found for found in each(start, wanted) if found]
             for section in sections:
                 if section.cache == "cold":
                     for process in processes:  # those of a format map the same files
                         process.ask("release")
-                for _ in self.run_section(participants(processes, section), section):
-                    done += 1
-                    self.watch.progress(done, total)
+                names = {provider.name for provider in participants(wanted, section)}
+                self.run_section(
+                    [found for found in processes if found.provider.name in names], section
+                )
 
     def rounds(self, section: Section) -> int:
         return self.plan.cold_rounds if section.cache == "cold" else self.plan.warm_rounds
@@ -245,7 +252,7 @@ class Bench:
                         )
                     except ProviderError as error:
                         self.fail(provider.name, error)
-                yield
+                self.step()
         measured = [
             Measured(
                 process.provider,
@@ -293,13 +300,14 @@ class Bench:
             if folder.name not in formats:
                 shutil.rmtree(folder)
         self.watch.note(f"{len(wanted)} providers with RAM for a third of the data")
+        self.total += len(wanted)
         measured = []
         for name in formats:
             for provider in self.write([each for each in wanted if each.format == name]):
                 found = self.run_small_ram(provider)
                 if found is not None:
                     measured.append(found)
-                self.watch.progress(len(measured), len(wanted))
+                self.step()
             shutil.rmtree(self.folder / name)
         self.findings.rows += rows_of(Section("small-ram", "random"), self.data, measured)
 
@@ -319,7 +327,7 @@ class Bench:
                 for number in range(1 + self.plan.small_ram_rounds)
             ]
             try:
-                group.limit(int(process.own_bytes() + self.data.nbytes * SMALL_RAM_RATIO))
+                group.limit(int(process.own_peak_bytes() + self.data.nbytes * SMALL_RAM_RATIO))
                 # The first pass after the limit is not counted: it begins with another cache.
                 passes = [process.measure(each) for each in batches]
             except ProviderError as error:
@@ -328,7 +336,7 @@ class Bench:
             return Measured(provider, batches[1:], passes[1:], process.peak_bytes())
 
 
-def participants(processes: Sequence[ProviderProcess], section: Section) -> list[ProviderProcess]:
+def participants(providers: Sequence[Provider], section: Section) -> list[Provider]:
     """Those that are measured in a section, and its ceiling."""
 
     def takes_part(provider: Provider) -> bool:
@@ -338,7 +346,7 @@ def participants(processes: Sequence[ProviderProcess], section: Section) -> list
             return False
         return section.cache in provider.caches and section.order in provider.orders
 
-    return [process for process in processes if takes_part(process.provider)]
+    return [provider for provider in providers if takes_part(provider)]
 
 
 def each(do: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:

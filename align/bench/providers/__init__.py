@@ -110,8 +110,16 @@ PROVIDERS = [
         caches=CACHES,
     ),
     Provider(
-        "tensorstore, write into a buffer",
+        "tensorstore, images into a buffer",
         f"{HERE}.tensorstore_readers:WriteInto",
+        "featcache",
+        needs=TENSORSTORE,
+        caches=CACHES,
+        beside=True,
+    ),
+    Provider(
+        "tensorstore, batch into a buffer",
+        f"{HERE}.tensorstore_readers:WriteBatchInto",
         "featcache",
         needs=TENSORSTORE,
         caches=CACHES,
@@ -181,13 +189,13 @@ PROVIDERS = [
 
 
 def choose(words: Sequence[str]) -> list[Provider]:
-    """Those whose names begin with one of `words`, and the ceilings; all where there are none.
+    """Those whose names contain one of `words`, and the ceilings; all where there are none.
 
-    Raises ConfigError for a word that is the beginning of no name.
+    Raises ConfigError for a word that no name contains.
     """
     chosen = [provider for provider in PROVIDERS if provider.ceiling or not words]
     for word in words:
-        found = [each for each in PROVIDERS if each.name.lower().startswith(word.lower())]
+        found = [each for each in PROVIDERS if word.lower() in each.name.lower()]
         if not found:
             known = dict.fromkeys(each.name.split(",")[0] for each in PROVIDERS)
             raise ConfigError(f"--providers: no provider {word!r}; known: {', '.join(known)}")

@@ -84,9 +84,6 @@ class Reader:
         """rows: int64[I]."""
         raise NotImplementedError
 
-    def release(self) -> None:
-        """Unmap what is mapped: the kernel drops no page from its cache that someone maps."""
-
     def close(self) -> None:
         """End threads and processes."""
 
@@ -101,6 +98,8 @@ class Sequential(Reader):
             self.images = self.start()
         for place in range(len(rows)):
             self.out[place] = next(self.images)
+        if rows[-1] == self.data.images - 1:
+            next(self.images, None)  # lets it end
         return self.out[: len(rows)]
 
     def start(self) -> Iterator[Features]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,12 @@ class LitData(Reader):
 
     def __init__(self, path: Path, data: Data) -> None:
         super().__init__(path, data)
-        self.dataset = self.open()
-
-    def open(self) -> Any:
-        return StreamingDataset(str(self.path), shuffle=False)
+        self.dataset: Any = StreamingDataset(str(path), shuffle=False)
 
     def read(self, rows: Rows) -> Features:
         for place, row in enumerate(rows.tolist()):
             self.out[place] = self.dataset[row]
         return self.out[: len(rows)]
-
-    def release(self) -> None:
-        del self.dataset
-        gc.collect()  # it holds itself in a circle, and its chunks mapped
-        self.dataset = self.open()
 
 
 class LitDataIterated(LitData, Sequential):
@@ -50,7 +41,3 @@ class LitDataIterated(LitData, Sequential):
 
     def start(self) -> Iterator[Features]:
         return iter(self.dataset)
-
-    def release(self) -> None:
-        self.images = iter(())
-        super().release()

@@ -20,15 +20,9 @@ class Memmap(Reader):
 
     def __init__(self, path: Path, data: Data) -> None:
         super().__init__(path, data)
-        self.source = self.map()
-
-    def map(self) -> Features:
-        return np.memmap(self.path / "features.bin", np.float16, "r", shape=self.data.shape)
+        file = path / "features.bin"
+        self.source: Features = np.memmap(file, np.float16, "r", shape=data.shape)
 
     def read(self, rows: Rows) -> Features:
         # With mode="raise", the default, np.take copies through a buffer of its own.
         return np.take(self.source, rows, axis=0, out=self.out[: len(rows)], mode="clip")
-
-    def release(self) -> None:
-        del self.source
-        self.source = self.map()

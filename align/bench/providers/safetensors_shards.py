@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -24,23 +25,18 @@ class Safetensors(Reader):
 
     def __init__(self, path: Path, data: Data) -> None:
         super().__init__(path, data)
-        self.open()
-
-    def open(self) -> None:
+        # As torch tensors keys are views of the map; as numpy arrays they would be copies.
+        self.places = torch.from_numpy(self.out)
         self.opened = ExitStack()
         self.shards: list[Any] = [
-            self.opened.enter_context(safe_open(file, framework="numpy"))
-            for file in sorted(self.path.glob("*.safetensors"))
+            self.opened.enter_context(safe_open(file, framework="pt"))
+            for file in sorted(path.glob("*.safetensors"))
         ]
 
     def read(self, rows: Rows) -> Features:
         for place, row in enumerate(rows.tolist()):
-            self.out[place] = self.shards[row // SHARD_IMAGES].get_tensor(str(row))
+            self.places[place].copy_(self.shards[row // SHARD_IMAGES].get_tensor(str(row)))
         return self.out[: len(rows)]
-
-    def release(self) -> None:
-        self.opened.close()
-        self.open()
 
     def close(self) -> None:
         self.opened.close()

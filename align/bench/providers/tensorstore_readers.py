@@ -35,18 +35,31 @@ class Batch(Index):
 
 
 class WriteInto(Index):
-    """tensorstore, written straight into a reused buffer, each image of a Batch into its place."""
+    """tensorstore, each image written straight into its place of a reused buffer, all at once."""
 
     def __init__(self, path: Path, data: Data) -> None:
         super().__init__(path, data)
         self.places = [tensorstore.array(place, copy=False, write=True) for place in self.out]
 
     def read(self, rows: Rows) -> Features:
-        with tensorstore.Batch() as batch:
-            writes = [
-                place.write(self.array[row], batch=batch)
-                for place, row in zip(self.places, rows.tolist(), strict=False)
-            ]
+        writes = [
+            place.write(self.array[row])
+            for place, row in zip(self.places, rows.tolist(), strict=False)
+        ]
         for write in writes:
             write.result()
+        return self.out[: len(rows)]
+
+
+class WriteBatchInto(Index):
+    """tensorstore, a batch by one index array, as one Batch, straight into a reused buffer."""
+
+    def __init__(self, path: Path, data: Data) -> None:
+        super().__init__(path, data)
+        self.place: Any = tensorstore.array(self.out, copy=False, write=True)
+
+    def read(self, rows: Rows) -> Features:
+        with tensorstore.Batch() as batch:
+            write = self.place[: len(rows)].write(self.array[rows], batch=batch)
+        write.result()
         return self.out[: len(rows)]
