@@ -43,7 +43,7 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
     panels = {title: found[key] for key, title in PANELS.items() if key in found}
     if not panels:
         raise ConfigError("no rows of random reads to draw")
-    heights = [len(panel) + 1.6 for panel in panels.values()]
+    heights = [len(panel) + 2.2 for panel in panels.values()]
     style: dict[Any, Any] = {"font.size": 9, "text.color": TEXT, "ytick.color": TEXT}
     with mpl.rc_context(style):
         figure = Figure(
@@ -51,6 +51,8 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
             layout="constrained",
             facecolor="white",
         )
+        margin = 0.12
+        figure.set_layout_engine("constrained", w_pad=margin, h_pad=margin, hspace=0.02)
         axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
         for panel, (title, by_provider) in zip(axes, panels.items(), strict=True):
             draw(panel, title, {name: metrics["read"] for name, metrics in by_provider.items()})

@@ -237,8 +237,7 @@ class Bench:
     def rounds(self, section: Section) -> int:
         return self.plan.cold_rounds if section.cache == "cold" else self.plan.warm_rounds
 
-    def run_section(self, processes: Sequence[ProviderProcess], section: Section) -> Iterator[None]:
-        """Yields after each pass."""
+    def run_section(self, processes: Sequence[ProviderProcess], section: Section) -> None:
         log: dict[str, list[tuple[list[Rows], Pass]]] = {p.provider.name: [] for p in processes}
         chance = random.Random(0)
         for number in range(self.rounds(section)):
