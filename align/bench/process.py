@@ -115,8 +115,12 @@ class ProviderProcess:
             usage.memory_bytes(pid, "VmHWM") - usage.memory_bytes(pid, "VmRSS") for pid in tree
         )
 
+    def end(self) -> None:
+        """Have it end without waiting for it. `close` is still to be called."""
+        self.send("close")
+
     def close(self) -> None:
-        """End it and its children. May be called again."""
+        """End it and its children, and wait. May be called again."""
         if self.pipe.closed:
             return
         children = usage.process_tree(self.pid)[1:] if self.process.is_alive() else []
@@ -188,7 +192,7 @@ def serve(pipe: Connection, provider: Provider, folder: Path, data: Data) -> Non
         except Exception as error:  # whatever a peer raises is told, and the others go on
             pipe.send((False, ProviderError(one_line(error))))
         if command == "close":
-            os._exit(0)  # half a second of taking torch apart, by each provider, serves nobody
+            return
 
 
 def quieten() -> None:

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -121,6 +122,7 @@ class Bench:
         self.data = plan.data
         self.findings = Findings()
         self.done = self.total = 0  # of what `Watch.progress` counts
+        self.telling = threading.Lock()  # providers are opened by several threads
 
     # ------------------------------------------------------------------------------ who takes part
 
@@ -136,16 +138,19 @@ class Bench:
         return True
 
     def step(self) -> None:
-        self.done += 1
-        self.watch.progress(self.done, self.total)
+        with self.telling:
+            self.done += 1
+            self.watch.progress(self.done, self.total)
 
     def leave_out(self, name: str, why: str) -> None:
-        self.findings.left_out[name] = why
-        self.watch.note(f"left out: {name}: {why}")
+        with self.telling:
+            self.findings.left_out[name] = why
+            self.watch.note(f"left out: {name}: {why}")
 
     def fail(self, name: str, error: ProviderError) -> None:
-        self.findings.failed[name] = str(error)
-        self.watch.note(f"failed: {name}: {error}")
+        with self.telling:
+            self.findings.failed[name] = str(error)
+            self.watch.note(f"failed: {name}: {error}")
 
     # ------------------------------------------------------------------------- writing and opening
 
@@ -227,12 +232,17 @@ class Bench:
             processes = [found for found in each(start, wanted) if found]
             for section in sections:
                 if section.cache == "cold":
-                    for process in processes:  # those of a format map the same files
-                        process.ask("release")
+                    self.release(processes)
                 names = {provider.name for provider in participants(wanted, section)}
-                self.run_section(
-                    [found for found in processes if found.provider.name in names], section
-                )
+                self.run_section([p for p in processes if p.provider.name in names], section)
+            for process in processes:  # side by side: to take torch apart takes half a second
+                process.end()
+
+    def release(self, processes: Sequence[ProviderProcess]) -> None:
+        """Before the first drop: the providers of a format map the same files."""
+        for process in processes:
+            if process.provider.name not in self.findings.failed:
+                process.ask("release")
 
     def rounds(self, section: Section) -> int:
         return self.plan.cold_rounds if section.cache == "cold" else self.plan.warm_rounds
