@@ -84,6 +84,8 @@ def draw(axes: Axes, title: str, reads: dict[str, Row]) -> None:
         axes.text(reads[name]["p80"] + top * 0.01, place, f"{reads[name]['p50']:,.0f}", va="center")
     if ceiling:
         axes.axvline(ceiling, color=BOUND, lw=1.2, ls=(0, (4, 2)), zorder=0)
+        bound = "memcpy, 1 thread" if "memcpy, 1 thread" in reads else "plain read of the disk"
+        axes.text(ceiling - top * 0.012, 0, bound, color=BOUND, ha="right", va="center")
     axes.set_title(
         f"{title}, images/s in random batches of {config['batch']}",
         loc="left",

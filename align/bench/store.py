@@ -226,10 +226,10 @@ class Bench:
             sections = [Section(cache, order) for cache in caches for order in ORDERS]
             if "warm" in caches:
                 sections.append(Section("warm", "random", beside="pure Python"))
-            self.total += len(wanted)
-            for section in sections:
-                self.total += self.rounds(section) * len(participants(wanted, section))
+            self.total = len(wanted) + self.passes(wanted, sections)
             processes = [found for found in each(start, wanted) if found]
+            wanted = [process.provider for process in processes]
+            self.total = self.done + self.passes(wanted, sections)
             for section in sections:
                 if section.cache == "cold":
                     self.release(processes)
@@ -243,6 +243,11 @@ class Bench:
         for process in processes:
             if process.provider.name not in self.findings.failed:
                 process.ask("release")
+
+    def passes(self, providers: Sequence[Provider], sections: Sequence[Section]) -> int:
+        return sum(
+            self.rounds(section) * len(participants(providers, section)) for section in sections
+        )
 
     def rounds(self, section: Section) -> int:
         return self.plan.cold_rounds if section.cache == "cold" else self.plan.warm_rounds
