@@ -48,7 +48,6 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
     with mpl.rc_context(style):
         figure = Figure(
             figsize=(WIDTH_INCHES, sum(heights) * BAR_INCHES + 0.3),
-            layout="constrained",
             facecolor="white",
         )
         margin = 0.12
@@ -81,7 +80,8 @@ def draw(axes: Axes, title: str, reads: dict[str, Row]) -> None:
         error_kw={"ecolor": TEXT, "elinewidth": 0.8, "capsize": 1.5},
     )
     for place, name in enumerate(names):
-        axes.text(reads[name]["p80"] + top * 0.01, place, f"{reads[name]['p50']:,.0f}", va="center")
+        number = axes.text(reads[name]["p80"] + top * 0.012, place, f"{reads[name]['p50']:,.0f}")
+        number.set(va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     if ceiling:
         axes.axvline(ceiling, color=BOUND, lw=1.2, ls=(0, (4, 2)), zorder=0)
         bound = "memcpy, 1 thread" if "memcpy, 1 thread" in reads else "plain read of the disk"
