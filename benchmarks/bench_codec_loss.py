@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import featcache
+from align.bench import results
 from align.config import load_config
 from align.demo.run import DemoSettings, write_data
 from align.evaluate import evaluate
 from align.run import load_run
 from align.trainer import train
-from benchmarks import results
 from featcache.codecs import CODECS
 from featcache.extract import ExtractOptions, extract
 
@@ -118,7 +118,7 @@ def main() -> None:
     rows = measure(out, DemoSettings(), arguments.codecs, arguments.seeds)
     print(table(rows), file=sys.stderr)
     if not arguments.no_save:
-        results.write("codec_loss", rows)
+        results.write(Path(__file__).with_name("results") / "codec_loss.jsonl", rows)
     print(json.dumps({"results": rows}))
 
 

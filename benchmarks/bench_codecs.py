@@ -33,8 +33,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from align.bench import results
 from align.demo.shapes import render, sample_scenes
-from benchmarks import results
 from featcache.codecs import CODECS, LayerCodec
 from featcache.codecs.int4 import rotation_of
 from featcache.encoders import load_encoder
@@ -362,14 +362,14 @@ def main() -> None:
         rows = quality({name: (features[:4], features[4:])})
         print(table(rows, ERROR_METRICS), file=sys.stderr)
         if not arguments.no_save:
-            results.write("codecs-model", rows)
+            results.write(Path(__file__).with_name("results") / "codecs-model.jsonl", rows)
         print(json.dumps({"results": rows}))
         return
     if arguments.device != "cpu":
         rows = speed(synthetic(32, seed=2), rounds, arguments.device)
         print(table(rows, ["copy", "encode", "decode"]), file=sys.stderr)
         if not arguments.no_save:
-            results.write("codecs-cuda", rows)
+            results.write(Path(__file__).with_name("results") / "codecs-cuda.jsonl", rows)
         print(json.dumps({"results": rows}))
         return
     data = load(arguments.quick)
@@ -387,7 +387,7 @@ def main() -> None:
         print(table(rows, metrics), end="\n\n", file=sys.stderr, flush=True)
     rows = [row for part in parts for row in part]
     if not arguments.quick and not arguments.no_save:
-        results.write("codecs", rows)
+        results.write(Path(__file__).with_name("results") / "codecs.jsonl", rows)
     print(json.dumps({"results": rows}))
 
 

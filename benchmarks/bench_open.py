@@ -28,7 +28,7 @@ import xxhash
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import results
+from align.bench import results
 from featcache.files import seal_of
 from featcache.journal import DIGEST_BYTES, Failure, pack_failures
 from featcache.layout import Status, StoreInfo, array_checksum, write_array
@@ -198,7 +198,7 @@ def main() -> None:
             file=sys.stderr,
         )
     if not arguments.quick and not arguments.no_save:
-        results.write("open", rows)
+        results.write(Path(__file__).with_name("results") / "open.jsonl", rows)
     print(json.dumps({"results": rows}))
 
 

@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
+from align.bench import results
 from align.config import load_config
 from align.data.sampling import Windows, epoch_order
 from align.demo.run import DemoSettings, write_data
 from align.evaluate import evaluate
 from align.run import load_run
 from align.trainer import train
-from benchmarks import results
 from featcache.extract import ExtractOptions, extract
 
 IMAGES, SHARD, BATCH, WINDOWS = 558_128, 128, 256, (8, 32, 128)
@@ -200,7 +200,7 @@ def main() -> None:
         name, rows = "sampling", mixing() + costs()
     print(table(rows), file=sys.stderr)
     if not arguments.no_save:
-        results.write(name, rows)
+        results.write(Path(__file__).with_name("results") / f"{name}.jsonl", rows)
     print(json.dumps({"results": rows}))
 
 

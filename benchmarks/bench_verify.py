@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import results
-from benchmarks.synthetic import write_store
+from align.bench import results
+from align.bench.synthetic import write_store
 from featcache.verify import BLOCK_BYTES, verify
 
 
@@ -110,7 +110,7 @@ def main() -> None:
             file=sys.stderr,
         )
     if not arguments.quick and not arguments.no_save:
-        results.write("verify", rows)
+        results.write(Path(__file__).with_name("results") / "verify.jsonl", rows)
     print(json.dumps({"results": rows}))
 
 

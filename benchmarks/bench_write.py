@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
+from align.bench import results
 from featcache.codecs import CODECS, LayerCodec
 from featcache.writer import ShardBuffer, ShardSpec
 
@@ -94,7 +94,7 @@ def main() -> None:
             f"{row['provider']:>5} {row['metric']:>7} {row['p50']:6.2f} GB/s{of}", file=sys.stderr
         )
     if not arguments.quick and not arguments.no_save:
-        results.write("write", rows)
+        results.write(Path(__file__).with_name("results") / "write.jsonl", rows)
     print(json.dumps({"results": rows}))
 
 

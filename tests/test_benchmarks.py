@@ -9,22 +9,7 @@ import pytest
 from align.demo.run import QUICK
 from benchmarks import bench_codec_loss, bench_codecs, bench_open, bench_sampling, bench_write
 from benchmarks.bench_open import write_index
-from benchmarks.bench_store import measure
-from benchmarks.synthetic import write_store
 from featcache.codecs import CODECS
-
-
-def test_bench_store(tmp_path: Path) -> None:
-    path = write_store(tmp_path / "store.zarr", 70, num_patches=16, width=32, shard_images=32)
-    rows = measure(path, images=70, rounds=2, batches_per_round=2)
-    assert [row["provider"] for row in rows][:2] == [
-        "memcpy, 1 thread",
-        "featcache stream, 1 thread",
-    ]
-    for row in rows:
-        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
-        assert row["ceiling"] == rows[0]["p50"]
-        assert row["n"] == 2
 
 
 def test_bench_write(tmp_path: Path) -> None:

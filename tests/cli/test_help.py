@@ -41,4 +41,13 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
 
 
 def test_commands_are_those_promised() -> None:
-    assert list(group.table) == ["train", "show", "eval", "caption", "report", "configs", "demo"]
+    assert list(group.table) == [
+        "train",
+        "show",
+        "eval",
+        "caption",
+        "report",
+        "bench",
+        "configs",
+        "demo",
+    ]

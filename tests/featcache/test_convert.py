@@ -19,7 +19,7 @@ import zarr
 from transformers import SiglipVisionModel
 
 import featcache
-from benchmarks.synthetic import write_store
+from align.bench.synthetic import write_store
 from cli.console import run
 from cli.featcache import group
 from featcache.codecs import CALIBRATION_IMAGES, CODECS, get_codec

@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import SiglipVisionModel
 
 import featcache
+from align.bench.synthetic import write_store
 from benchmarks.bench_verify import measure
-from benchmarks.synthetic import write_store
 from cli.console import run
 from cli.featcache import group
 from featcache import encoders, extract, layout, live, repair

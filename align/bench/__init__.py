@@ -1,0 +1,1 @@
+"""Speed, measured beside its ceiling and its peers."""

@@ -1,0 +1,41 @@
+"""`align bench`: what it prints and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .conftest import Align
+
+SMALL = ["--quick", "--images", "33", "--shape", "4x8", "--providers", "memmap"]
+
+
+def test_bench_store(align: Align, tmp_path: Path) -> None:
+    out = tmp_path / "rows" / "store.jsonl"
+    done = align("bench", *SMALL, "--cache", "warm", "--dir", tmp_path, "--out", out, "--json")
+    assert done.code == 0
+    assert done.document.keys() == {"benchmark", "results", "left_out", "failed"}
+    assert done.document["failed"] == {}
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == done.document["results"]
+    assert {row["provider"] for row in rows} == {"memcpy, 1 thread", "np.memmap, np.take"}
+    assert "warm cache, random batches" in done.err and "of ceiling" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--cache", "hot"], "error: --cache: no state 'hot'; known: warm, cold, small-ram\n"),
+        (["--shape", "729"], "error: --shape 729: must be like 729x1152, patches x width\n"),
+        (["--shape", "0x3"], "error: --shape 0x3: must be like 729x1152, patches x width\n"),
+        (["--images", "1000000000"], "fewer --images\n"),
+        (["--providers", "parquet"], "no provider 'parquet'; known: memcpy, "),
+    ],
+)
+def test_wrong_usage_is_one_line(align: Align, flags: list[str], line: str) -> None:
+    done = align("bench", "store", *flags)
+    assert done.code == (1 if flags[0] == "--images" else 2)
+    assert line in done.err and "Traceback" not in done.err
