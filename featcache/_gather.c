@@ -38,7 +38,9 @@ enum {
     PARTS = 2,              /* arrays that a row has bytes in: codes, scales */
     IOVECS = 256,           /* of one read; each row may need a second one for the padding */
     RUN_BYTES = 1 << 20,    /* neighbours are read together up to here */
-    PIECE_BYTES = 1 << 18,  /* of a longer row; a core's own cache holds it */
+    LONG_BYTES = 1 << 17,   /* a row from here on is read by itself, in pieces */
+    PIECE_BYTES = 1 << 18,  /* a core's own cache holds it */
+    PAGE_BYTES = 4096,
     DIRECT_BYTES = 4096,    /* O_DIRECT's unit: of offset, length and address */
     STRIPE = 64,            /* XXH3's, in bytes */
     BLOCK = 16,             /* XXH3's, in stripes */
@@ -399,9 +401,10 @@ static int read_part(Job *job, int index, size_t first, size_t last, Scratch *sc
 
 /* One row's first part, in pieces that are hashed, if they are, while the core's cache holds them.
  *
- * Pieces also decide how the kernel keeps what it did not have: it takes the second one for the
- * begin of a sequence and brings it in large folios, from which all later reads of the row are
- * faster than from single pages (docs/performance.md). */
+ * Pieces also decide how the kernel keeps what was not in its cache. Two small reads in a row look
+ * like the begin of a sequence, whose rest it reads ahead and keeps in large folios; one big read at
+ * a random place leaves single pages, from which every later read takes twice as long
+ * (benchmarks/LOG.md). */
 static int read_long_row(Job *job, size_t row, size_t stripes, Hash *hash, Scratch *scratch) {
     const Part *part = &job->parts[0];
     uint8_t *memory = part->memory + (size_t)part->places[row] * part->size;
@@ -411,7 +414,9 @@ static int read_long_row(Job *job, size_t row, size_t stripes, Hash *hash, Scrat
     if (outcome == DONE && job->pool->direct)
         outcome = read_units(descriptor, scratch, part->offsets[row], part->size, &data);
     for (size_t done = 0; outcome == DONE && done < part->size;) {
-        size_t piece = part->size - done < PIECE_BYTES ? part->size - done : PIECE_BYTES;
+        size_t piece = data || done >= 2 * PAGE_BYTES ? PIECE_BYTES : PAGE_BYTES;
+        if (piece > part->size - done)
+            piece = part->size - done;
         if (data) {
             memcpy(memory + done, data + done, piece);
         } else {
@@ -434,7 +439,7 @@ static int read_long_row(Job *job, size_t row, size_t stripes, Hash *hash, Scrat
 static void work_on(Job *job, size_t first, size_t last, Scratch *scratch) {
     const Part *codes = &job->parts[0], *scales = job->num_parts > 1 ? &job->parts[1] : NULL;
     size_t scale_bytes = scales ? scales->size : 0;
-    int is_long = last == first + 1 && codes->size > PIECE_BYTES;
+    int is_long = codes->size >= LONG_BYTES; /* then it is one row */
     Hash hash;
     hash_begin(&hash);
     if (is_long) {
@@ -479,7 +484,8 @@ static void *run(void *argument) {
             row_bytes += job->parts[index].size;
         do
             last++;
-        while (last < job->rows && (last - first) * row_bytes < RUN_BYTES);
+        while (last < job->rows && job->parts[0].size < LONG_BYTES &&
+               (last - first) * row_bytes < RUN_BYTES);
         job->claimed = last;
         if (last >= job->rows) {
             pool->oldest = job->next;

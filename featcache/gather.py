@@ -277,7 +277,8 @@ def _read_units(descriptor: int, views: list[memoryview], at: int) -> bool:
     first = at // DIRECT_BYTES * DIRECT_BYTES
     wanted = at - first + sum(map(len, views))
     size = -(-wanted // DIRECT_BYTES) * DIRECT_BYTES
-    with mmap.mmap(-1, size) as aligned, memoryview(aligned) as memory:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, size, flags=flags) as aligned, memoryview(aligned) as memory:
         done = 0
         while done < wanted:  # a file may end within its last unit
             count = os.preadv(descriptor, [memory[done:]], first + done)

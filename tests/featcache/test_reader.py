@@ -25,9 +25,11 @@ import zarr
 
 import featcache
 import featcache.bfloat16  # registers the data type with zarr-python
+from align.bench.synthetic import write_store
 from featcache import gather, read_mode
 from featcache.buffers import Buffers
 from featcache.codecs import LayerCodec, get_codec
+from featcache.convert import convert
 from featcache.errors import ConfigError, CorruptStoreError, StoreError
 from featcache.memory import _group_bytes, available_bytes
 from featcache.read_mode import choose_mode
@@ -113,6 +115,48 @@ def test_rows_are_what_zarr_python_reads(zarr_store: Path, store_path: Path, rea
         np.testing.assert_array_equal(bits(found.codes), bits(group[f"features/{layer}"][:][rows]))
         if found.scales is not None:
             np.testing.assert_array_equal(found.scales, group[f"scales/{layer}"][:][rows])
+
+
+@pytest.fixture(scope="module", params=["fp16", "int8"])
+def long_rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten images of 263,000 bytes in fp16: read one by one, in pieces."""
+    folder = tmp_path_factory.mktemp("long")
+    path = write_store(folder / "fp16.zarr", 10, num_patches=263, width=500, shard_images=4)
+    if request.param == "fp16":
+        return path
+    convert(path, folder / "coded.zarr", codec=request.param)
+    return folder / "coded.zarr"
+
+
+@pytest.mark.parametrize("name", list(READINGS))
+@pytest.mark.parametrize("check", ["once", "never"])
+def test_long_rows(long_rows: Path, name: str, check: str) -> None:
+    group = zarr.open_group(long_rows, mode="r")
+    rows = np.array([7, 0, 1, 2, 9, 7, 3])
+    with featcache.open(long_rows).reader(check=check, **reading_of(name, long_rows)) as reader:
+        for found in (reader.read_stored(rows), *reader.stream([rows] * 3)):
+            codes = group["features/-2"][:][rows]
+            np.testing.assert_array_equal(bits(found.codes), bits(codes))
+            if found.scales is not None:
+                np.testing.assert_array_equal(found.scales, group["scales/-2"][:][rows])
+
+
+@pytest.mark.parametrize("name", list(READINGS))
+@pytest.mark.parametrize("at", [0, 4096, 200_000, -1])
+def test_a_flipped_bit_in_a_long_row(long_rows: Path, tmp_path: Path, name: str, at: int) -> None:
+    copied = shutil.copytree(long_rows, tmp_path / "copy.zarr")
+    store = featcache.open(copied)
+    codes, scales = store.placements("-2")
+    last = scales if at == -1 and scales else codes
+    with last.paths(0).open("r+b") as file:
+        file.seek(last.offset(1) + at % last.row_bytes)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    with store.reader(**reading_of(name, copied)) as reader:
+        reader.read(np.array([0, 2, 3]))
+        with pytest.raises(CorruptStoreError, match=r"c/0/0/0: the features of row 1 are not"):
+            reader.read(np.array([0, 1]))
 
 
 @pytest.mark.parametrize("check", ["once", "always", "never"])
