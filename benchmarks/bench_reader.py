@@ -5,6 +5,7 @@
 
 - codecs: random batches of 32 from a warm page cache through `reader.stream` with one thread, for
   each codec; beside it decoding alone, from memory, with one thread, to the compute dtype given.
+- fresh memory: touching 64 MB for the first time, from `torch.empty` and as the reader allocates.
 - join: the same images from two stores, one after the other, against `StoreJoin`, which asks both
   at once; latency of a single batch, and images/s of a stream.
 - memory: a fresh process opens a store of 10 M rows (sparse files, no checks), streams batches
@@ -34,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from align.bench import results
 from align.bench.synthetic import write_store
-
 from benchmarks.bench_open import write_index
-from featcache.codecs import CODECS
+from featcache.buffers import allocate
+from featcache.codecs import CODECS, LayerCodec, get_codec
 from featcache.convert import convert
 from featcache.join import StoreJoin
 from featcache.layout import features_path, shard_path
@@ -140,6 +141,21 @@ def measure_codecs(folder: Path, images: int, rounds: int, num_patches: int, wid
     return rows
 
 
+def measure_fresh_memory(num_patches: int, width: int, rounds: int) -> list:
+    layer = LayerCodec(get_codec("fp16"), num_patches, width)
+    shape = (BATCH, *layer.code_shape)
+    runs: dict[str, Callable[[], object]] = {
+        "torch.empty": lambda: torch.empty(shape, dtype=torch.float16).zero_(),
+        "featcache.buffers": lambda: allocate(layer, BATCH).codes.zero_(),
+    }
+    nbytes = BATCH * layer.code_bytes
+    config = {"nbytes": nbytes}
+    return [
+        results.row(name, "first touch", "GB/s", [nbytes / s / 1e9 for s in seconds], config=config)
+        for name, seconds in rounds_of(runs, rounds).items()
+    ]
+
+
 def measure_join(folder: Path, images: int, rounds: int, num_patches: int, width: int) -> list:
     """fp16 beside int8 of the same images, two threads each way."""
     stores = [Store(folder / "fp16.zarr"), Store(folder / "int8.zarr")]
@@ -207,6 +223,7 @@ def measure(
     folder: Path, images: int, rounds: int, rows: int, num_patches: int = 729, width: int = 1152
 ) -> list:
     found = measure_codecs(folder, images, rounds, num_patches, width)
+    found += measure_fresh_memory(num_patches, width, rounds)
     found += measure_join(folder, images, rounds, num_patches, width)
     return found + measure_memory(folder, rows, batches=64, repeats=min(3, rounds))
 

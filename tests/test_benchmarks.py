@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from align.demo.run import QUICK
-from benchmarks import bench_codec_loss, bench_codecs, bench_open, bench_sampling, bench_write
+from benchmarks import (
+    bench_codec_loss,
+    bench_codecs,
+    bench_open,
+    bench_page_cache,
+    bench_reader,
+    bench_sampling,
+    bench_write,
+)
 from benchmarks.bench_open import write_index
 from featcache.codecs import CODECS
 
@@ -63,3 +71,19 @@ def test_bench_sampling_demo(tmp_path: Path) -> None:
     assert {(row["provider"], row["x"]) for row in rows} == {
         (f"demo, {order} order", window) for order in ("random", "sorted") for window in (0, 1)
     }
+
+
+def test_bench_page_cache(tmp_path: Path) -> None:
+    rows = bench_page_cache.measure(tmp_path, rows=2, rounds=1, count=3)
+    assert [row["provider"] for row in rows[::2]] == list(bench_page_cache.PATTERNS)
+    assert all(row["p50"] > 0 for row in rows)
+
+
+def test_bench_reader(tmp_path: Path) -> None:
+    rows = bench_reader.measure(tmp_path, images=40, rounds=1, rows=1000, num_patches=9, width=64)
+    by_name = {(row["provider"], row["metric"], row["x"]): row for row in rows}
+    for codec in CODECS:
+        assert by_name[codec, "read", None]["p50"] > 0 < by_name[codec, "decode", "float32"]["p50"]
+    assert by_name["joined", "read from both", None]["p50"] > 0
+    memory = by_name["featcache", "reader RssAnon", 1000]
+    assert memory["p50"] < memory["config"]["allowed_mb"]
