@@ -160,6 +160,7 @@ PROVIDERS = [
         orders=("random",),
     ),
     Provider("DataLoader, 2 workers, preadv", f"{HERE}.loaders:PreadLoader", "featcache"),
+    Provider("DataLoader, 2 workers, preadv into slots", f"{HERE}.loaders:SlotLoader", "featcache"),
     Provider("DataLoader, 2 workers, zarr-python", f"{HERE}.loaders:ZarrLoader", "featcache"),
     Provider(
         "MosaicML Streaming, dataset[i]",

@@ -75,42 +75,74 @@ class ZarrLoader(Loader):
         return ZarrImages(path)
 
 
-class PreadBatches(Dataset[Any]):
-    """Whole batches by `os.preadv` at known offsets of the shard files, into shared memory.
+class Pread(Dataset[Any]):
+    """Rows by `os.preadv` at known offsets of the shard files."""
 
-    slots: float16[slots, I, P, D], shared with the workers. An item is (slot, rows); what comes
-    back through the queue is the slot's number and the count of images.
-    """
-
-    def __init__(self, path: Path, slots: torch.Tensor) -> None:
+    def __init__(self, path: Path, data: Data) -> None:
         store = Store(path / STORE)
+        self.image_shape = data.image_shape
         self.codes, _ = store.placements(store.layers[0])
-        self.slots = slots
         self.descriptors: dict[int, int] = {}
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> tuple[int, int]:
-        raw = self.slots[items[0][0]].numpy().reshape(BATCH_IMAGES, -1).view(np.uint8)
-        for place, (_, row) in enumerate(items):
+    def read(self, rows: Sequence[int], memory: torch.Tensor) -> None:
+        """Into memory: float16[at least len(rows), P, D]."""
+        raw = memory.numpy().reshape(len(memory), -1).view(np.uint8)
+        for place, row in enumerate(rows):
             shard = row // self.codes.rows_per_file
             if shard not in self.descriptors:
                 self.descriptors[shard] = os.open(self.codes.paths(shard), os.O_RDONLY)
             os.preadv(self.descriptors[shard], [raw[place].data], self.codes.offset(row))
+
+
+class PreadBatches(Pread):
+    """An item is a whole batch, in a tensor of its own."""
+
+    def __getitems__(self, rows: list[int]) -> torch.Tensor:
+        memory = torch.empty((len(rows), *self.image_shape), dtype=torch.float16)
+        self.read(rows, memory)
+        return memory
+
+
+class PreadSlots(Pread):
+    """An item is a whole batch, in a slot of memory that all processes share: (slot, row) of each
+    image are asked for, the slot's number and the count of images come back.
+
+    slots: float16[slots, I, P, D].
+    """
+
+    def __init__(self, path: Path, data: Data, slots: torch.Tensor) -> None:
+        super().__init__(path, data)
+        self.slots = slots
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> tuple[int, int]:
+        self.read([row for _, row in items], self.slots[items[0][0]])
         return items[0][0], len(items)
 
 
-def as_it_is(batch: tuple[int, int]) -> tuple[int, int]:
+def as_it_is(batch: Any) -> Any:
     return batch
 
 
 class PreadLoader(Loader):
-    """The best form: no item, no fresh memory, no copy between processes."""
+    """What knows where rows lie, and otherwise leaves all to the DataLoader: it moves each batch to
+    the main process as shared memory."""
+
+    def dataset(self, path: Path, data: Data) -> Dataset[Any]:
+        return PreadBatches(path, data)
+
+    def collate(self) -> Any:
+        return as_it_is
+
+
+class SlotLoader(Loader):
+    """The same without fresh memory: only processes and queues are left of the DataLoader."""
 
     def dataset(self, path: Path, data: Data) -> Dataset[Any]:
         # One more than can be asked for while one is being used.
         count = WORKERS * PREFETCH + 2
         self.slots = torch.empty((count, BATCH_IMAGES, *data.image_shape), dtype=torch.float16)
         self.slots.share_memory_()
-        return PreadBatches(path, self.slots)
+        return PreadSlots(path, data, self.slots)
 
     def collate(self) -> Any:
         return as_it_is
