@@ -244,7 +244,9 @@ struct Pool {
     pthread_mutex_t lock;
     pthread_cond_t work, done;
     pthread_t *threads;
-    int num_threads, stopping, direct;
+    int num_threads, stopping;
+    int direct; /* with O_DIRECT */
+    int keep;   /* else: what is read shall stay in the page cache, which has room for all of it */
     pid_t pid;
     Job *oldest, *newest; /* with rows that nobody has claimed */
 };
@@ -281,6 +283,11 @@ static int descriptor_of(Job *job, File *file) {
         errno = error;
         return -1;
     }
+#ifdef POSIX_FADV_RANDOM
+    /* What the kernel reads ahead of a random row would push out what is wanted sooner. */
+    if (!job->pool->direct && !job->pool->keep)
+        posix_fadvise(found, 0, 0, POSIX_FADV_RANDOM);
+#endif
     if (!atomic_compare_exchange_strong(&file->descriptor, &nobody, found)) {
         close(found);
         return nobody;
@@ -404,7 +411,7 @@ static int read_part(Job *job, int index, size_t first, size_t last, Scratch *sc
  * Pieces also decide how the kernel keeps what was not in its cache. Two small reads in a row look
  * like the begin of a sequence, whose rest it reads ahead and keeps in large folios; one big read at
  * a random place leaves single pages, from which every later read takes twice as long
- * (benchmarks/LOG.md). */
+ * (benchmarks/LOG.md). What will not stay is read at once. */
 static int read_long_row(Job *job, size_t row, size_t stripes, Hash *hash, Scratch *scratch) {
     const Part *part = &job->parts[0];
     uint8_t *memory = part->memory + (size_t)part->places[row] * part->size;
@@ -414,7 +421,9 @@ static int read_long_row(Job *job, size_t row, size_t stripes, Hash *hash, Scrat
     if (outcome == DONE && job->pool->direct)
         outcome = read_units(descriptor, scratch, part->offsets[row], part->size, &data);
     for (size_t done = 0; outcome == DONE && done < part->size;) {
-        size_t piece = data || done >= 2 * PAGE_BYTES ? PIECE_BYTES : PAGE_BYTES;
+        size_t piece = PIECE_BYTES;
+        if (!data)
+            piece = !job->pool->keep ? part->size : done < 2 * PAGE_BYTES ? PAGE_BYTES : PIECE_BYTES;
         if (piece > part->size - done)
             piece = part->size - done;
         if (data) {
@@ -779,9 +788,9 @@ static void pool_dealloc(PyObject *self) {
 }
 
 static PyObject *pool_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    int threads, direct;
+    int threads, direct, keep;
     (void)keywords;
-    if (!PyArg_ParseTuple(arguments, "ip", &threads, &direct))
+    if (!PyArg_ParseTuple(arguments, "ipp", &threads, &direct, &keep))
         return NULL;
     if (threads < 1) {
         PyErr_SetString(PyExc_ValueError, "a pool needs a thread");
@@ -792,6 +801,7 @@ static PyObject *pool_new(PyTypeObject *type, PyObject *arguments, PyObject *key
         return NULL;
     pool->pid = getpid();
     pool->direct = direct;
+    pool->keep = keep;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->done, NULL);

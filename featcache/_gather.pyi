@@ -3,7 +3,7 @@
 from featcache.gather import Job
 
 class Pool:
-    def __new__(cls, threads: int, direct: bool, /) -> Pool: ...
+    def __new__(cls, threads: int, direct: bool, keep: bool, /) -> Pool: ...
     def submit(
         self, rows: int, files: list[int | bytes], parts: tuple[object, ...],
         checksums: object, compare: object, /,

@@ -102,15 +102,19 @@ class Pool(Protocol):
         """End the threads; what they have not begun is skipped."""
 
 
-def open_pool(threads: int, row_bytes: int, *, direct: bool, native: bool | None) -> Pool:
-    """direct: read with O_DIRECT. native: whether in C; None takes it where it can be had.
+def open_pool(
+    threads: int, row_bytes: int, *, direct: bool, keep: bool, native: bool | None
+) -> Pool:
+    """direct: read with O_DIRECT. keep: the page cache has room for all that may be read; what is
+    read then goes there in a form that is fast to read again. native: whether in C; None takes it
+    where it can be had.
 
     Raises ConfigError where it must be C and cannot.
     """
     if native is None:
         native = _gather is not None and row_bytes >= SHORTEST_NATIVE_BYTES
     if not native:
-        return PythonPool(threads, direct)
+        return PythonPool(threads, direct, keep)
     if _gather is None:
         raise ConfigError(
             "native=True: featcache._gather was not built; install featcache again where a C "
@@ -120,16 +124,18 @@ def open_pool(threads: int, row_bytes: int, *, direct: bool, native: bool | None
         raise ConfigError(
             f"native=True: rows of {row_bytes} bytes are read in Python; native=None does so"
         )
-    pool: Pool = _gather.Pool(threads, direct)
+    pool: Pool = _gather.Pool(threads, direct, keep)
     return pool
 
 
 class PythonPool:
-    """`Pool` without C: every read and every checksum takes Python's lock once."""
+    """`Pool` without C: every read and every checksum takes Python's lock once. So a row is one
+    read, also where the page cache will keep it."""
 
-    def __init__(self, threads: int, direct: bool) -> None:
+    def __init__(self, threads: int, direct: bool, keep: bool) -> None:
         self._threads = threads
         self._direct = direct
+        self._keep = keep
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="featcache-read")
 
     def submit(
@@ -140,7 +146,7 @@ class PythonPool:
         checksums: np.ndarray[Any, Any] | None,
         compare: np.ndarray[Any, Any] | None,
     ) -> PythonJob:
-        job = PythonJob(files, parts, checksums, compare, self._direct)
+        job = PythonJob(files, parts, checksums, compare, self._direct, self._keep)
         bounds = np.linspace(0, rows, min(self._threads, rows) + 1).astype(int).tolist()
         job.futures = [
             self._executor.submit(job.read, first, last)
@@ -166,6 +172,7 @@ class PythonJob:
     checksums: np.ndarray[Any, Any] | None
     compare: np.ndarray[Any, Any] | None
     direct: bool
+    keep: bool
     futures: list[Future[None]] = field(default_factory=list)
     _opened: list[tuple[int, int, int, int]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -249,6 +256,8 @@ class PythonJob:
                 return file
             flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0)
             descriptor = os.open(file, flags)
+            if not self.direct and not self.keep and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
             status = os.fstat(descriptor)
             self._opened.append((index, descriptor, status.st_ino, status.st_mtime_ns))
             self.files[index] = descriptor

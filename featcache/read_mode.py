@@ -23,9 +23,11 @@ _CACHE_SHARE = 0.8  # of the memory that is available; the training wants some a
 
 @dataclass(frozen=True, slots=True)
 class ReadMode:
-    """direct: with O_DIRECT. why: in words, for who runs it."""
+    """direct: with O_DIRECT. fits: the page cache has room for all that may be read. why: in
+    words, for who runs it."""
 
     direct: bool
+    fits: bool
     why: str
 
 
@@ -36,19 +38,20 @@ def choose_mode(io: str, set_bytes: int, example: Path | None) -> ReadMode:
     """
     if io not in IO_MODES:
         raise ConfigError(f"io={io!r}: must be one of {', '.join(IO_MODES)}")
-    if io == "buffered":
-        return ReadMode(False, "through the page cache, as asked")
-    if io == "direct":
-        if example is not None and (problem := _direct_problem(example)):
-            raise ConfigError(f"io=direct: {example} is not read so ({problem}); use io=buffered")
-        return ReadMode(True, "past the page cache (O_DIRECT), as asked")
     available = available_bytes()
+    fits = set_bytes <= _CACHE_SHARE * available
     sizes = f"{_size(set_bytes)} of features, {_size(available)} of memory to be had"
-    if example is None or set_bytes <= _CACHE_SHARE * available:
-        return ReadMode(False, f"through the page cache: {sizes}")
-    if problem := _direct_problem(example):
-        return ReadMode(False, f"through the page cache: {sizes}, but no O_DIRECT ({problem})")
-    return ReadMode(True, f"past the page cache (O_DIRECT): {sizes}")
+    problem = None
+    if example is not None and (io == "direct" or (io == "auto" and not fits)):
+        problem = _direct_problem(example)
+    if io == "direct" and problem:
+        raise ConfigError(f"io=direct: {example} is not read so ({problem}); use io=buffered")
+    if io == "direct" or (io == "auto" and not fits and not problem):
+        asked = " as asked" if io == "direct" else ""
+        return ReadMode(True, fits, f"past the page cache (O_DIRECT){asked}: {sizes}")
+    asked = " as asked" if io == "buffered" else ""
+    but = f", but no O_DIRECT ({problem})" if problem else ""
+    return ReadMode(False, fits, f"through the page cache{asked}: {sizes}{but}")
 
 
 def _size(count: int) -> str:

@@ -240,8 +240,8 @@ class FeatureReader:
 
     def _open_pool(self) -> Pool:
         row_bytes = sum(files.where.row_bytes for files in self._files)
-        direct = self.mode.direct
-        return open_pool(self.threads, row_bytes, direct=direct, native=self.options.native)
+        mode, native = self.mode, self.options.native
+        return open_pool(self.threads, row_bytes, direct=mode.direct, keep=mode.fits, native=native)
 
     def _give_back(self, batch: _Pending) -> None:
         with self._lock:

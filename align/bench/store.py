@@ -342,6 +342,7 @@ class Bench:
             ]
             try:
                 group.limit(int(process.own_peak_bytes() + self.data.nbytes * SMALL_RAM_RATIO))
+                process.ask("open_again")
                 # The first pass after the limit is not counted: it begins with another cache.
                 passes = [process.measure(each) for each in batches]
             except ProviderError as error:

@@ -130,7 +130,12 @@ def long_rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", list(READINGS))
 @pytest.mark.parametrize("check", ["once", "never"])
-def test_long_rows(long_rows: Path, name: str, check: str) -> None:
+@pytest.mark.parametrize("memory_bytes", [1, 1 << 40])
+def test_long_rows(
+    long_rows: Path, name: str, check: str, memory_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the page cache cannot hold them."""
+    monkeypatch.setattr(read_mode, "available_bytes", lambda: memory_bytes)
     group = zarr.open_group(long_rows, mode="r")
     rows = np.array([7, 0, 1, 2, 9, 7, 3])
     with featcache.open(long_rows).reader(check=check, **reading_of(name, long_rows)) as reader:
@@ -289,12 +294,14 @@ def test_choosing_between_the_page_cache_and_the_disk(
     example.write_bytes(bytes(8192))
     monkeypatch.setattr(read_mode, "available_bytes", lambda: 10 * 10**9)
     fits = choose_mode("auto", 7 * 10**9, example)
-    assert not fits.direct
+    assert (fits.direct, fits.fits) == (False, True)
     assert fits.why == "through the page cache: 7.0 GB of features, 10.0 GB of memory to be had"
     assert choose_mode("auto", 9 * 10**9, example).direct == (
         read_mode._direct_problem(example) is None
     )
-    assert not choose_mode("buffered", 9 * 10**9, example).direct
+    buffered = choose_mode("buffered", 9 * 10**9, example)
+    assert (buffered.direct, buffered.fits) == (False, False)
+    assert buffered.why.startswith("through the page cache as asked: 9.0 GB of features")
     monkeypatch.setattr(read_mode, "_direct_problem", lambda path: "Invalid argument")
     falls_back = choose_mode("auto", 9 * 10**9, example)
     assert not falls_back.direct

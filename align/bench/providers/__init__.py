@@ -95,6 +95,7 @@ PROVIDERS = [
         {**ONE, "native": False},
         beside=True,
     ),
+    Provider("featcache, as it chooses", STREAM, "featcache", {}, caches=CACHES, beside=True),
     Provider("featcache, 8 threads", STREAM, "featcache", EIGHT, caches=DISK),
     Provider(
         "featcache, 8 threads, O_DIRECT",
