@@ -5,9 +5,9 @@
 
 - codecs: random batches of 32 from a warm page cache through `reader.stream` with one thread, for
   each codec; beside it decoding alone, from memory, with one thread, to the compute dtype given.
-- fresh memory: touching 64 MB for the first time, from `torch.empty` and as the reader allocates.
-- join: the same images from two stores, one after the other, against `StoreJoin`, which asks both
-  at once; latency of a single batch, and images/s of a stream.
+- fresh memory: touching 54 MB for the first time, in pages of 4 KiB and as the reader allocates.
+- join: the same images from two stores, with one thread a store: one after the other, against
+  `StoreJoin`, which asks both at once; latency of a single batch, and images/s of a stream.
 - memory: a fresh process opens a store of 10 M rows (sparse files, no checks), streams batches
   from it at random, and says what RSS grew by beyond the index's mapped pages. Required: the budget
   plus 64 MB, and 32 bytes a row.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as cli/console.py, before torch's first use
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -143,12 +146,16 @@ def measure_codecs(folder: Path, images: int, rounds: int, num_patches: int, wid
 
 def measure_fresh_memory(num_patches: int, width: int, rounds: int) -> list:
     layer = LayerCodec(get_codec("fp16"), num_patches, width)
-    shape = (BATCH, *layer.code_shape)
+    nbytes = BATCH * layer.code_bytes
+
+    def small_pages() -> None:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        np.frombuffer(memory, np.uint8).fill(0)
+
     runs: dict[str, Callable[[], object]] = {
-        "torch.empty": lambda: torch.empty(shape, dtype=torch.float16).zero_(),
+        "pages of 4 KiB": small_pages,
         "featcache.buffers": lambda: allocate(layer, BATCH).codes.zero_(),
     }
-    nbytes = BATCH * layer.code_bytes
     config = {"nbytes": nbytes}
     return [
         results.row(name, "first touch", "GB/s", [nbytes / s / 1e9 for s in seconds], config=config)
@@ -157,12 +164,12 @@ def measure_fresh_memory(num_patches: int, width: int, rounds: int) -> list:
 
 
 def measure_join(folder: Path, images: int, rounds: int, num_patches: int, width: int) -> list:
-    """fp16 beside int8 of the same images, two threads each way."""
+    """fp16 beside int8 of the same images, one thread a store."""
     stores = [Store(folder / "fp16.zarr"), Store(folder / "int8.zarr")]
     batches = random_batches(images, max(2, images // BATCH))
     both = [np.stack([rows, rows], axis=1) for rows in batches]
-    readers = [store.reader(threads=2, check="never") for store in stores]
-    joined = StoreJoin(stores).reader(threads=2, check="never", budget_bytes=1 << 30)
+    readers = [store.reader(threads=1, check="never") for store in stores]
+    joined = StoreJoin(stores).reader(threads=1, check="never", budget_bytes=1 << 30)
 
     def alone(which: int) -> Callable[[], object]:
         return lambda: [readers[which].begin(rows).result() for rows in batches]

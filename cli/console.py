@@ -186,6 +186,9 @@ def run(group: click.Group, argv: Sequence[str] | None = None) -> int:
     # is ruinous: a training step of the demo on 2 cores, beside 2 busy processes, took 1.5 s
     # spinning and 0.47 s sleeping. libgomp reads this when torch is first imported: after here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Huge pages for torch's memory on the CPU: decoding a batch into fresh memory takes a third to
+    # a quarter of the time (benchmarks/bench_reader.py). Read at the first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         code = group.main(
             args=None if argv is None else list(argv), prog_name=group.name, standalone_mode=False
