@@ -750,18 +750,19 @@ failed:
 }
 
 static void stop(Pool *pool) {
-    if (!pool->num_threads || pool->pid != getpid())
+    if (pool->pid != getpid())
         return;
     pthread_mutex_lock(&pool->lock);
+    int joining = pool->num_threads; /* of two who close, one joins */
+    pool->num_threads = 0;
     pool->stopping = 1;
     for (Job *job = pool->oldest; job; job = job->next)
         if (job->outcome == DONE)
             job->outcome = CANNOT_READ, job->error = ECANCELED;
     pthread_cond_broadcast(&pool->work);
     pthread_mutex_unlock(&pool->lock);
-    for (int i = 0; i < pool->num_threads; i++)
+    for (int i = 0; i < joining; i++)
         pthread_join(pool->threads[i], NULL);
-    pool->num_threads = 0;
 }
 
 static PyObject *pool_close(PyObject *self, PyObject *Py_UNUSED(ignored)) {

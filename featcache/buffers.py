@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ _HUGE_BYTES = 4 << 20
 
 
 class Buffers:
-    """Buffers of one layer's features, within a budget. Not safe for several threads at once."""
+    """Buffers of one layer's features, within a budget. `take` is not safe for several threads at
+    once; `give_back` is, and in a garbage collection too, wherever that comes."""
 
     def __init__(self, layer: LayerCodec, budget_bytes: int, pin_memory: bool) -> None:
         """budget_bytes: of all that are alive, in use or not; two batches are always granted, one
@@ -24,10 +26,17 @@ class Buffers:
         self._budget_bytes = budget_bytes
         self._pin_memory = pin_memory
         self._free: list[StoredFeatures] = []
+        self._returned: deque[StoredFeatures] = deque()
         self._nbytes = 0
 
     def take(self, images: int, must: bool) -> StoredFeatures | None:
         """One of at least so many images; None where the budget is used up, unless it `must`."""
+        while self._returned:
+            buffer = self._returned.popleft()
+            if self._nbytes > self._budget_bytes:
+                self._nbytes -= buffer.nbytes
+            else:
+                self._free.append(buffer)
         fitting = [buffer for buffer in self._free if len(buffer) >= images]
         if fitting:
             chosen = min(fitting, key=len)
@@ -44,10 +53,7 @@ class Buffers:
 
     def give_back(self, buffer: StoredFeatures) -> None:
         """One that was taken, and that nothing reads or writes any more."""
-        if self._nbytes > self._budget_bytes:
-            self._nbytes -= buffer.nbytes
-        else:
-            self._free.append(buffer)
+        self._returned.append(buffer)
 
 
 def allocate(layer: LayerCodec, images: int, pin_memory: bool = False) -> StoredFeatures:

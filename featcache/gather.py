@@ -33,6 +33,7 @@ DIRECT_BYTES = 4096
 SHORTEST_NATIVE_BYTES = 241
 """Shorter rows have another checksum, which only xxhash computes: they are read in Python."""
 _MAX_IOVECS = 512  # half of Linux's IOV_MAX; each row may need a second one for the padding
+_RUN_BYTES = 1 << 20  # neighbours are read together up to here
 
 
 class Outcome(enum.IntEnum):
@@ -109,7 +110,7 @@ def open_pool(
     read then goes there in a form that is fast to read again. native: whether in C; None takes it
     where it can be had.
 
-    Raises ConfigError where it must be C and cannot.
+    Raises ConfigError where it must be C and cannot, or for more threads than can be had.
     """
     if native is None:
         native = _gather is not None and row_bytes >= SHORTEST_NATIVE_BYTES
@@ -124,7 +125,10 @@ def open_pool(
         raise ConfigError(
             f"native=True: rows of {row_bytes} bytes are read in Python; native=None does so"
         )
-    pool: Pool = _gather.Pool(threads, direct, keep)
+    try:
+        pool: Pool = _gather.Pool(threads, direct, keep)
+    except OSError as error:
+        raise ConfigError(f"threads={threads}: {error.strerror}; take fewer") from None
     return pool
 
 
@@ -181,15 +185,15 @@ class PythonJob:
     def wait(self) -> Result:
         if os.getpid() != self._pid and not all(future.done() for future in self.futures):
             return Result(Outcome.CANNOT_READ, errno.ECANCELED, 0, 0)  # the threads are not here
-        wait(self.futures)
-        for future in self.futures:
+        result = Result(Outcome.DONE, 0, 0, 0)
+        for future in self.futures:  # all of them: until then memory is written to
             try:
                 future.result()
             except _ReadError as failed:
-                return failed.result
+                result = result if result.outcome else failed.result
             except CancelledError:
-                return Result(Outcome.CANNOT_READ, errno.ECANCELED, 0, 0)
-        return Result(Outcome.DONE, 0, 0, 0)
+                result = Result(Outcome.CANNOT_READ, errno.ECANCELED, 0, 0)
+        return result
 
     def cancel(self) -> None:
         if os.getpid() != self._pid:
@@ -226,6 +230,7 @@ class PythonJob:
             while (
                 end < last
                 and end - first < _MAX_IOVECS
+                and (end - first) * (part.size + part.gap) < _RUN_BYTES
                 and part.file_of[end] == part.file_of[first]
                 and part.offsets[end] == part.offsets[end - 1] + part.size + part.gap
             ):

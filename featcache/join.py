@@ -51,6 +51,8 @@ class StoreJoin:
         Raises as `Store.reader` does.
         """
         chosen = [store.layers[0] for store in self.stores] if layers is None else layers
+        if len(chosen) != len(self.stores):
+            raise ConfigError(f"layers: {len(chosen)} are named for {len(self.stores)} stores")
         pairs = list(zip(self.stores, chosen, strict=True))
         sizes = [store.layer_codec(layer).image_bytes for store, layer in pairs]
         shares = [max(1, budget_bytes * size // sum(sizes)) for size in sizes]

@@ -77,6 +77,8 @@ class ReaderOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: must be at least 1")
+        if self.pin_memory and not torch.cuda.is_available():
+            raise ConfigError("pin_memory=True: there is no CUDA device to copy to")
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -101,6 +103,17 @@ class _Pending:
         """Nothing writes into the buffer any more when this returns."""
         if self.job is not None:
             self.job.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """A batch whose rows cannot be read."""
+
+    buffer: StoredFeatures
+    error: StoreError
+
+    def cancel(self) -> None:
+        """Nothing was begun."""
 
 
 class FeatureReader:
@@ -186,7 +199,7 @@ class FeatureReader:
     def _stream(
         self, batches: Iterable[np.ndarray[Any, Any]]
     ) -> Generator[StoredFeatures, None, None]:
-        pending: deque[_Pending] = deque()
+        pending: deque[_Pending | _Failed] = deque()
         source = iter(batches)
         rows: np.ndarray[Any, Any] | None = None  # asked for, but without a buffer yet
         exhausted = False
@@ -202,24 +215,32 @@ class FeatureReader:
                         buffer = self._buffers.take(len(rows), must=len(pending) < 2)
                     if buffer is None:
                         break
-                    pending.append(self._submit(rows, buffer))
+                    try:
+                        pending.append(self._submit(rows, buffer))
+                    except StoreError as error:  # told when its turn comes
+                        pending.append(_Failed(buffer, error))
+                        exhausted = True
                     rows = None
                 if not pending:
                     return
                 batch = pending[0]
+                if isinstance(batch, _Failed):
+                    raise batch.error
                 self._finish(batch)
                 yield batch.buffer[: len(batch.rows)]
-                self._give_back(pending.popleft())
+                self._buffers.give_back(pending.popleft().buffer)
         finally:
             for batch in pending:
                 batch.cancel()
-                self._give_back(batch)
+                self._buffers.give_back(batch.buffer)
 
     def close(self) -> None:
         """Stop the threads and close every shard file; what is being read is given up."""
         self._closed = True
         if os.getpid() == self._pid:
             self._pool.close()
+        else:
+            self._lock = threading.Lock()  # a forked child's own: who held the other is not there
         with self._lock:
             for files in self._files:
                 files.close()
@@ -243,10 +264,6 @@ class FeatureReader:
         mode, native = self.mode, self.options.native
         return open_pool(self.threads, row_bytes, direct=mode.direct, keep=mode.fits, native=native)
 
-    def _give_back(self, batch: _Pending) -> None:
-        with self._lock:
-            self._buffers.give_back(batch.buffer)
-
     def _submit(self, rows: np.ndarray[Any, Any], buffer: StoredFeatures) -> _Pending:
         if self._closed:
             raise StoreError("this feature reader is closed; ask the store for another one")
@@ -254,7 +271,12 @@ class FeatureReader:
             # A forked child has neither the threads nor, perhaps, a lock that will ever open.
             self._pid, self._lock, self._pool = os.getpid(), threading.Lock(), self._open_pool()
             self._under_way = weakref.WeakSet()
-        rows = np.asarray(rows, np.int64)
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+            raise StoreError(
+                f"rows must be a one-dimensional array of integers, not {rows.dtype}{rows.shape}"
+            )
+        rows = rows.astype(np.int64, copy=False)
         self._require_readable(rows)
         # Ascending rows are ascending offsets: neighbours become one read.
         places = np.argsort(rows, kind="stable")

@@ -468,8 +468,8 @@ def test_left_out_records_are_told_before_the_first_step(
 
     config = make_config(f"data.files=[{data}]", "train.steps=1", "data.max_missing=0.2")
     train(config, [store.path], run, on_event=on_event)
-    assert isinstance(events[1], NoticeEvent)
-    assert events[1].text == (
+    assert isinstance(events[2], NoticeEvent)
+    assert events[2].text == (
         "left out 4 of 20 records: 4 image not in the store (gone0, gone1, gone2, ...); "
         f"all in {run / 'left_out.jsonl'}"
     )

@@ -5,14 +5,16 @@ cache and without, from a folder and from one file.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import pickle
 import random
 import resource
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,22 @@ def test_rows_that_cannot_be_read(store_path: Path, rows: list[int], message: st
             list(reader.stream([np.array([0]), np.array(rows)]))
 
 
+def test_wrong_rows_end_a_stream_when_their_turn_comes(store_path: Path) -> None:
+    """And take no buffer with them."""
+    store = featcache.open(store_path)
+    good = [GOOD[:2]] * 5
+    with store.reader(budget_bytes=10 * store.layer_codec("-2").image_bytes) as reader:
+        for wrong in ([STORED], [0.5], [[0, 1]]):
+            for _ in range(3):
+                seen = 0
+                with pytest.raises(StoreError, match=r"out of range|one-dimensional array of int"):
+                    for _ in reader.stream([*good, np.array(wrong)]):
+                        seen += 1
+                assert seen == len(good)
+        assert len(list(reader.stream(good))) == len(good)
+        assert reader._buffers._nbytes <= reader._buffers._budget_bytes
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -222,6 +240,11 @@ def test_rows_that_cannot_be_read(store_path: Path, rows: list[int], message: st
         ({"io": "mapped"}, "io='mapped': must be one of auto"),
         ({"threads": 0}, "threads=0: must be at least 1"),
         ({"budget_bytes": 0}, "budget_bytes=0: must be at least 1"),
+        pytest.param(
+            {"pin_memory": True},
+            "pin_memory=True: there is no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_wrong_options(store_path: Path, options: dict, message: str) -> None:
@@ -284,7 +307,8 @@ def test_buffers_of_batches_that_grow() -> None:
     assert buffers.take(7, must=False) is None
     assert buffers.take(7, must=True) is not None
     buffers.give_back(small)
-    assert buffers._nbytes <= 14 * layer.code_bytes  # which was too much, so this one went
+    assert buffers.take(1, must=False) is None  # it was beyond the budget, and went
+    assert buffers._nbytes == 14 * layer.code_bytes
 
 
 def test_choosing_between_the_page_cache_and_the_disk(
@@ -376,12 +400,91 @@ def test_closing_under_a_stream_does_not_hang(store_path: Path, reading: dict) -
     iterator = reader.stream([np.array([0, 5, 9])] * 50)
     next(iterator)
     reader.close()
-    done = threading.Thread(target=iterator.close)
-    done.start()
-    done.join(20)
-    assert not done.is_alive()
+    ends_within(20, iterator.close)
     with pytest.raises(StoreError, match="this feature reader is closed"):
         reader.read(np.array([0]))
+
+
+def ends_within(seconds: float, *calls: Callable[[], object]) -> None:
+    """At once, in threads of their own."""
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_going_on_after_close_is_an_error(store_path: Path, reading: dict) -> None:
+    reader = featcache.open(store_path).reader(threads=1, depth=8, **reading)
+    iterator = reader.stream([GOOD] * 50)
+    next(iterator)
+    reader.close()
+    errors = []
+
+    def go_on() -> None:
+        try:
+            list(iterator)
+        except StoreError as error:
+            errors.append(str(error))
+
+    ends_within(20, go_on)
+    assert len(errors) == 1 and "closed" in errors[0]
+
+
+def test_several_threads_close_a_reader(store_path: Path, reading: dict) -> None:
+    for _ in range(20):
+        reader = featcache.open(store_path).reader(threads=4, **reading)
+        begun = [reader.begin(GOOD) for _ in range(3)]
+        ends_within(20, reader.close, reader.close, reader.close)
+        del begun
+
+
+def test_a_stream_that_a_collection_ends(store_path: Path, reading: dict) -> None:
+    """In the middle of anything, as it comes: of another read of the same thread too."""
+    with featcache.open(store_path).reader(**reading) as reader:
+
+        class Holder:
+            def __init__(self) -> None:
+                self.iterator = reader.stream(itertools.repeat(GOOD[:2]))
+                self.cycle = self  # so that only a collection finds it
+
+        def read() -> None:
+            for _ in range(60):
+                next(Holder().iterator)
+                for _ in range(5):
+                    reader.read(GOOD[:3])
+
+        before = gc.get_threshold()
+        gc.set_threshold(20)
+        try:
+            ends_within(60, read)
+        finally:
+            gc.set_threshold(*before)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_forked_while_another_thread_reads(store_path: Path, reading: dict) -> None:
+    stop = threading.Event()
+    with featcache.open(store_path).reader(**reading) as reader:
+
+        def read() -> None:
+            while not stop.is_set():
+                reader.read(GOOD)
+
+        busy = threading.Thread(target=read)
+        busy.start()
+        try:
+            for _ in range(10):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(20)  # ends a child that hangs
+                    reader.close()
+                    os._exit(7)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        finally:
+            stop.set()
+            busy.join()
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
