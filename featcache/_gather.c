@@ -251,12 +251,15 @@ struct Pool {
     Job *oldest, *newest; /* with rows that nobody has claimed */
 };
 
-typedef struct {
+typedef struct { /* of one thread */
     uint8_t *memory;
     size_t size;
-} Scratch; /* of one thread */
+    uint8_t padding[DIRECT_BYTES]; /* what lands here is never looked at */
+} Scratch;
 
 static void fail(Job *job, int outcome, int error, size_t row, int part) {
+    if (outcome != CANNOT_OPEN && outcome != CANNOT_READ)
+        error = 0; /* of something else before */
     pthread_mutex_lock(&job->pool->lock);
     if (job->outcome == DONE) {
         job->outcome = outcome;
@@ -360,7 +363,6 @@ static int read_units(int descriptor, Scratch *scratch, int64_t at, size_t lengt
 
 /* Rows [first, last) of one part, which follow each other in one file. */
 static int read_run(Job *job, int index, size_t first, size_t last, Scratch *scratch) {
-    static uint8_t padding[DIRECT_BYTES]; /* what lands here is never looked at */
     Part *part = &job->parts[index];
     int descriptor = descriptor_of(job, &job->files[part->file_of[first]]);
     if (descriptor < 0)
@@ -379,7 +381,7 @@ static int read_run(Job *job, int index, size_t first, size_t last, Scratch *scr
     int count = 0;
     for (size_t row = first; row < last; row++) {
         if (count && part->gap)
-            vectors[count++] = (struct iovec){padding, part->gap};
+            vectors[count++] = (struct iovec){scratch->padding, part->gap};
         uint8_t *place = part->memory + (size_t)part->places[row] * part->size;
         vectors[count++] = (struct iovec){place, part->size};
     }
@@ -480,7 +482,9 @@ static void work_on(Job *job, size_t first, size_t last, Scratch *scratch) {
 
 static void *run(void *argument) {
     Pool *pool = argument;
-    Scratch scratch = {NULL, 0};
+    Scratch scratch;
+    scratch.memory = NULL;
+    scratch.size = 0;
     pthread_mutex_lock(&pool->lock);
     for (;;) {
         while (!pool->stopping && !pool->oldest)
@@ -625,8 +629,9 @@ static void *take_buffer(Job *job, PyObject *object, int flags, size_t bytes) {
     return buffer->buf;
 }
 
-static int take_files(Job *job, PyObject *files) {
-    Py_ssize_t count = PyList_Size(files);
+static int take_files(Job *job, PyObject *list) {
+    PyObject *files = job->paths = PyList_AsTuple(list); /* nobody changes it */
+    Py_ssize_t count = files ? PyTuple_Size(files) : -1;
     if (count < 0)
         return -1;
     job->files = calloc((size_t)count + 1, sizeof(File));
@@ -634,9 +639,8 @@ static int take_files(Job *job, PyObject *files) {
         PyErr_NoMemory();
         return -1;
     }
-    job->paths = Py_NewRef(files);
     for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *item = PyList_GetItem(files, i);
+        PyObject *item = PyTuple_GetItem(files, i);
         File *file = &job->files[i];
         atomic_init(&file->descriptor, -1);
         if (PyBytes_Check(item)) {

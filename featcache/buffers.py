@@ -20,8 +20,9 @@ class Buffers:
     once; `give_back` is, and in a garbage collection too, wherever that comes."""
 
     def __init__(self, layer: LayerCodec, budget_bytes: int, pin_memory: bool) -> None:
-        """budget_bytes: of all that are alive, in use or not; two batches are always granted, one
-        to use and one to read. pin_memory: page-locked, for CUDA."""
+        """budget_bytes: of all that are alive, in use or not; two batches of each stream are always
+        granted, one to use and one to read. pin_memory: page-locked, for CUDA; its allocator may
+        take up to twice as much."""
         self._layer = layer
         self._budget_bytes = budget_bytes
         self._pin_memory = pin_memory
@@ -30,7 +31,8 @@ class Buffers:
         self._nbytes = 0
 
     def take(self, images: int, must: bool) -> StoredFeatures | None:
-        """One of at least so many images; None where the budget is used up, unless it `must`."""
+        """One of at least so many images; None where the budget is used up, unless it `must`: that
+        is granted, and the budget grows by it."""
         while self._returned:
             buffer = self._returned.popleft()
             if self._nbytes > self._budget_bytes:
@@ -49,7 +51,13 @@ class Buffers:
         if self._nbytes + wanted > self._budget_bytes and not must:
             return None
         self._nbytes += wanted
+        self._budget_bytes = max(self._budget_bytes, self._nbytes)
         return allocate(self._layer, images, self._pin_memory)
+
+    def clear(self) -> None:
+        """Free what nobody uses."""
+        self._nbytes -= sum(buffer.nbytes for buffer in self._free)
+        self._free.clear()
 
     def give_back(self, buffer: StoredFeatures) -> None:
         """One that was taken, and that nothing reads or writes any more."""

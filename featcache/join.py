@@ -18,6 +18,7 @@ from torch import Tensor
 from featcache.codecs import StoredFeatures
 from featcache.compare import require_same_images
 from featcache.errors import ConfigError
+from featcache.read_mode import choose_mode
 from featcache.reader import BUDGET_BYTES, FeatureReader
 from featcache.store import Store
 
@@ -31,8 +32,8 @@ class StoreJoin:
         if not stores:
             raise ConfigError("a join needs a store")
         self.stores = tuple(stores)
-        for store in self.stores[1:]:
-            require_same_images(self.stores[0], store)
+        for left, right in itertools.combinations(self.stores, 2):
+            require_same_images(left, right)
 
     def rows(self, keys: Sequence[str]) -> np.ndarray[Any, Any]:
         """int64[K, S]: the row of each image in each store, -1 where that has no features of it."""
@@ -43,10 +44,12 @@ class StoreJoin:
         layers: Sequence[str] | None = None,
         *,
         budget_bytes: int = BUDGET_BYTES,
+        io: str = "auto",
         **options: Any,
     ) -> JoinReader:
         """layers: one of each store, or None for their first ones. budget_bytes: of all stores
-        together, shared out by what an image takes in each. options: of `ReaderOptions`.
+        together, shared out by what an image takes in each. io: "auto" asks whether all of them fit
+        into memory together. options: of `ReaderOptions`.
 
         Raises as `Store.reader` does.
         """
@@ -56,9 +59,13 @@ class StoreJoin:
         pairs = list(zip(self.stores, chosen, strict=True))
         sizes = [store.layer_codec(layer).image_bytes for store, layer in pairs]
         shares = [max(1, budget_bytes * size // sum(sizes)) for size in sizes]
+        if io == "auto":
+            total = sum(store.stored_bytes(layer) for store, layer in pairs)
+            together = choose_mode("auto", total, self.stores[0].example(pairs[0][1]))
+            io = "direct" if together.direct else "buffered"
         with ExitStack() as opened:
             readers = [
-                opened.enter_context(store.reader(layer, budget_bytes=share, **options))
+                opened.enter_context(store.reader(layer, budget_bytes=share, io=io, **options))
                 for (store, layer), share in zip(pairs, shares, strict=True)
             ]
             opened.pop_all()

@@ -34,10 +34,10 @@ def _group_bytes(proc: Path = Path("/proc"), mount: Path = Path("/sys/fs/cgroup"
     for line in lines:
         _, controllers, inside = line.split(":", 2)
         if controllers == "":  # version 2
-            root, limit, statistics, anonymous = mount, "memory.max", "memory.stat", "anon"
+            root, limit, own = mount, "memory.max", ("anon", "shmem")
         elif "memory" in controllers.split(","):
             root, limit = mount / "memory", "memory.limit_in_bytes"
-            statistics, anonymous = "memory.stat", "total_rss"
+            own = ("total_rss", "total_shmem")
         else:
             continue
         # In a container the path may be that of the host, of which only the mount's root is seen.
@@ -47,7 +47,7 @@ def _group_bytes(proc: Path = Path("/proc"), mount: Path = Path("/sys/fs/cgroup"
                 break
             try:
                 most = int((group / limit).read_text())  # "max" is no number, and no limit
-                used = dict(x.split() for x in (group / statistics).read_text().splitlines())
-                yield max(0, most - int(used[anonymous]))
-            except (OSError, ValueError, KeyError):
+                used = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+                yield max(0, most - sum(int(used.get(name, 0)) for name in own))
+            except (OSError, ValueError):
                 continue

@@ -12,7 +12,13 @@ import numpy as np
 from featcache.layout import Placement
 
 _MOST = 4096
+_FEWEST = 8
 _SHARE = 8  # of the files that the process may open, for one array of one reader
+
+
+def most_files() -> int:
+    """That this process may open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class OpenFile:
@@ -38,7 +44,12 @@ class OpenFiles:
         self.where = where
         self._open: OrderedDict[int, OpenFile] = OrderedDict()
         self._seen = np.zeros((-(-rows // where.rows_per_file), 2), np.int64)
-        self._capacity = max(1, min(_MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE))
+        self._capacity = max(1, min(_MOST, most_files() // _SHARE))
+
+    @property
+    def count(self) -> int:
+        """Of all files."""
+        return len(self._seen)
 
     def path(self, number: int) -> Path:
         return self.where.paths(number)
@@ -61,11 +72,14 @@ class OpenFiles:
             self._open.popitem(last=False)
         return before not in ((0, 0), now)
 
+    def drop(self, number: int) -> None:
+        """Let go of one; it is opened again when it is wanted."""
+        self._open.pop(number, None)
+
     def shrink(self) -> None:
-        """Keep half as many open from now on."""
-        self._capacity = max(1, min(self._capacity, len(self._open)) // 2)
-        while len(self._open) > self._capacity:
-            self._open.popitem(last=False)
+        """Let go of all, and keep half as many open from now on."""
+        self._capacity = max(min(_FEWEST, self._capacity), self._capacity // 2)
+        self.close()
 
     def close(self) -> None:
         """Let go of all."""

@@ -140,20 +140,27 @@ class Store:
         layer_codec = self.layer_codec(chosen)
         wanted = ReaderOptions(**options)
         codes, scales = self.placements(chosen)
-        status = self.index.status
-        pitch_bytes = codes.pitch_bytes + (scales.pitch_bytes if scales else 0)
-        first = int(np.argmax(status == Status.OK)) if self.num_images else None
-        example = None if first is None else codes.paths(first // codes.rows_per_file)
         return FeatureReader(
             codes,
             scales,
             layer_codec,
-            status,
+            self.index.status,
             self.index.checksums[chosen],
-            choose_mode(wanted.io, self.num_images * pitch_bytes, example),
+            choose_mode(wanted.io, self.stored_bytes(chosen), self.example(chosen)),
             wanted,
             functools.partial(_open_reader, self.path, chosen, wanted),
         )
+
+    def stored_bytes(self, layer: str) -> int:
+        """Of all images' features on the disk."""
+        return self.num_images * sum(where.pitch_bytes for where in self.placements(layer) if where)
+
+    def example(self, layer: str) -> Path | None:
+        """A file with features, if there are any."""
+        if not self.num_images:
+            return None
+        where = self.placements(layer)[0]
+        return where.paths(int(np.argmax(self.index.status == Status.OK)) // where.rows_per_file)
 
     def placements(self, layer: str) -> tuple[Placement, Placement | None]:
         """Where the rows of a layer's codes lie, and of its patch scales where it has any."""

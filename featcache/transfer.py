@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
 from contextlib import closing
 
@@ -35,28 +36,31 @@ def _to_other(
 def _to_cuda(
     batches: Generator[StoredFeatures, None, None], device: torch.device
 ) -> Generator[StoredFeatures, None, None]:
-    copying = torch.cuda.Stream(device)
-    ahead: tuple[StoredFeatures, torch.cuda.Event] | None = None
+    copying = _copying_stream(device)
+    ahead: StoredFeatures | None = None
     with closing(batches):
         for features in batches:
             with torch.cuda.stream(copying):
-                now = features.to(device), copying.record_event()
+                now = features.to(device)
+                copied = copying.record_event()
             if ahead is not None:
-                yield _arrived(*ahead, device)
+                yield _used_here(ahead, device)
             # Into this buffer the next batch may be read. A step lies between: it has left by now.
-            now[1].synchronize()
+            copied.synchronize()
             ahead = now
         if ahead is not None:
-            yield _arrived(*ahead, device)
+            yield _used_here(ahead, device)
 
 
-def _arrived(
-    features: StoredFeatures, copied: torch.cuda.Event, device: torch.device
-) -> StoredFeatures:
-    """Features that the current stream may use, and whose memory stays until it has."""
-    current = torch.cuda.current_stream(device)
-    current.wait_event(copied)
+@functools.cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all readers: the allocator keeps freed memory for each stream apart."""
+    return torch.cuda.Stream(device)
+
+
+def _used_here(features: StoredFeatures, device: torch.device) -> StoredFeatures:
+    """Features that have arrived, and whose memory stays until the current stream has used it."""
     for values in (features.codes, features.scales):
         if values is not None:
-            values.record_stream(current)
+            values.record_stream(torch.cuda.current_stream(device))
     return features

@@ -67,7 +67,7 @@ def test_a_reader_knows_that_a_file_was_replaced(options: ExtractOptions) -> Non
         extract(options)
         assert collect(options.out).rows == 1
         reader.read(rows)  # it has the old file open
-        for files in reader._files:
+        for files in reader._reads._files:
             files.close()
         begun = [reader.begin(rows) for _ in range(2)]
         for reading in begun:

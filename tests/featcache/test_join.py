@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import featcache
+from featcache import read_mode
 from featcache.errors import ConfigError, CorruptStoreError, FingerprintMismatch
 from featcache.extract import ExtractOptions, extract
 from featcache.join import StoreJoin
@@ -73,6 +74,10 @@ def test_other_images_are_refused(stores: tuple[Store, Store], tmp_path: Path) -
     extract(ExtractOptions(model=fingerprint, data=(tmp_path / "other",), out=tmp_path / "c.zarr"))
     with pytest.raises(FingerprintMismatch, match="2 of 2 shared image keys are other pictures"):
         StoreJoin([*stores, featcache.open(tmp_path / "c.zarr")])
+    with pytest.raises(FingerprintMismatch, match=r"c\.zarr"):
+        StoreJoin([stores[0], stores[0], featcache.open(tmp_path / "c.zarr")])
+    with pytest.raises(ConfigError, match="layers: 1 are named for 2 stores"):
+        StoreJoin(stores).reader(["-2"])
     with pytest.raises(ConfigError, match="a join needs a store"):
         StoreJoin([])
     with pytest.raises(ConfigError, match="holds no layer 'last'"):
@@ -85,3 +90,16 @@ def test_damage_in_one_store_ends_the_stream(stores: tuple[Store, Store]) -> Non
     rows = join.rows([f"{i:04d}.png" for i in range(COUNT - 1)])
     with join.reader() as reader, pytest.raises(CorruptStoreError, match="features/last/c/1/0/0"):
         list(reader.stream([rows]))
+
+
+def test_whether_they_fit_into_memory_is_asked_of_all(
+    stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [store.stored_bytes(store.layers[0]) for store in stores]
+    monkeypatch.setattr(read_mode, "available_bytes", lambda: int(sum(sizes) / 0.8) - 1)
+    monkeypatch.setattr(read_mode, "_direct_problem", lambda path: None)
+    for store in stores:
+        with store.reader() as reader:
+            assert not reader.mode.direct
+    with StoreJoin(stores).reader() as joined:
+        assert [reader.mode.direct for reader in joined.readers] == [True, True]
