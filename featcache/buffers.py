@@ -28,35 +28,36 @@ class Buffers:
         self._pin_memory = pin_memory
         self._free: list[StoredFeatures] = []
         self._returned: deque[StoredFeatures] = deque()
-        self._nbytes = 0
+        self._in_use_bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that are alive."""
+        waiting = sum(buffer.nbytes for buffer in self._free)
+        return self._in_use_bytes + waiting  # those that came back since the last `take` are in use
 
     def take(self, images: int, must: bool) -> StoredFeatures | None:
-        """One of at least so many images; None where the budget is used up, unless it `must`: that
-        is granted, and the budget grows by it."""
+        """One of at least so many images; None where the budget is used up, unless it `must`."""
         while self._returned:
-            buffer = self._returned.popleft()
-            if self._nbytes > self._budget_bytes:
-                self._nbytes -= buffer.nbytes
-            else:
-                self._free.append(buffer)
+            self._free.append(self._returned.popleft())
+            self._in_use_bytes -= self._free[-1].nbytes
+        wanted = images * self._layer.image_bytes
+        self._budget_bytes = max(self._budget_bytes, 2 * wanted)
+        if self._in_use_bytes + wanted > self._budget_bytes and not must:
+            return None
         fitting = [buffer for buffer in self._free if len(buffer) >= images]
         if fitting:
             chosen = min(fitting, key=len)
             self._free = [buffer for buffer in self._free if buffer is not chosen]
-            return chosen
-        wanted = images * self._layer.image_bytes
-        self._budget_bytes = max(self._budget_bytes, 2 * wanted)
-        while self._free and self._nbytes + wanted > self._budget_bytes:
-            self._nbytes -= self._free.pop().nbytes  # all of them are too small
-        if self._nbytes + wanted > self._budget_bytes and not must:
-            return None
-        self._nbytes += wanted
-        self._budget_bytes = max(self._budget_bytes, self._nbytes)
-        return allocate(self._layer, images, self._pin_memory)
+        else:
+            while self._free and self.nbytes + wanted > self._budget_bytes:
+                self._free.pop()  # all of them are too small
+            chosen = allocate(self._layer, images, self._pin_memory)
+        self._in_use_bytes += chosen.nbytes
+        return chosen
 
     def clear(self) -> None:
         """Free what nobody uses."""
-        self._nbytes -= sum(buffer.nbytes for buffer in self._free)
         self._free.clear()
 
     def give_back(self, buffer: StoredFeatures) -> None:

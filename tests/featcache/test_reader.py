@@ -190,7 +190,7 @@ def test_streams_of_one_reader_keep_their_buffers_apart(long_rows: Path, name: s
                     np.testing.assert_array_equal(raw, expected[rows])
             for stream in streams:
                 stream.close()  # what it had begun to read must not land in the next one's buffers
-        assert reader._buffers._nbytes <= 2 * 20 * image_bytes + 4 * 8 * image_bytes
+        assert reader._buffers.nbytes <= 2 * 20 * image_bytes + 4 * 8 * image_bytes
 
 
 def test_on_another_device(store_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_wrong_rows_end_a_stream_when_their_turn_comes(store_path: Path) -> None
                         seen += 1
                 assert seen == len(good)
         assert len(list(reader.stream(good))) == len(good)
-        assert reader._buffers._nbytes <= reader._buffers._budget_bytes
+        assert reader._buffers.nbytes <= reader._buffers._budget_bytes
 
 
 @pytest.mark.parametrize(
@@ -340,22 +340,30 @@ def test_what_is_read_ahead_keeps_to_its_budget(store_path: Path) -> None:
             ahead = [asked - taken for taken, _ in enumerate(reader.stream(batches()))]
         # One is in use. One more is asked for before it is known that there is no room for it.
         assert max(ahead) == (most if most == 9 else most + 1), budget
-        assert reader._buffers._nbytes <= max(budget, 2 * batch_bytes)
+        assert reader._buffers.nbytes <= max(budget, 2 * batch_bytes)
 
 
 def test_buffers_of_batches_that_grow() -> None:
     layer = LayerCodec(get_codec("fp16"), 4, 8)
-    buffers = Buffers(layer, budget_bytes=10 * layer.code_bytes, pin_memory=False)
+    image = layer.image_bytes
+    buffers = Buffers(layer, budget_bytes=10 * image, pin_memory=False)
     small = buffers.take(4, must=False)
     assert small is not None and len(small) == 4
     buffers.give_back(small)
     assert buffers.take(3, must=False) is small  # large enough
-    assert buffers.take(7, must=False) is not None  # two such batches are granted
+    first = buffers.take(7, must=False)
+    assert first is not None  # two such batches are granted
     assert buffers.take(7, must=False) is None
-    assert buffers.take(7, must=True) is not None
-    buffers.give_back(small)
-    assert buffers.take(1, must=False) is None  # it was beyond the budget, and went
-    assert buffers._nbytes == 14 * layer.code_bytes
+    second = buffers.take(7, must=True)
+    assert second is not None and buffers.nbytes == 18 * image
+    for buffer in (small, first, second):
+        buffers.give_back(buffer)
+    assert buffers.take(7, must=False) is first  # what is there is used first
+    third = buffers.take(8, must=False)
+    assert third is not None and len(third) == 8
+    assert buffers.nbytes <= 16 * image  # those that were too small have gone
+    buffers.give_back(third)
+    buffers.clear()
 
 
 def test_choosing_between_the_page_cache_and_the_disk(
@@ -579,6 +587,7 @@ class Features(torch.utils.data.Dataset[torch.Tensor]):
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker:UserWarning")
 def test_in_the_workers_of_a_data_loader(store_path: Path, reading: dict) -> None:
     dataset = Features(featcache.open(store_path), **reading)
     expected = bits(dataset.reader.read(GOOD, torch.float32))
