@@ -85,7 +85,11 @@ def draw(axes: Axes, title: str, reads: dict[str, Row]) -> None:
     if ceiling:
         axes.axvline(ceiling, color=BOUND, lw=1.2, ls=(0, (4, 2)), zorder=0)
         bound = "memcpy, 1 thread" if "memcpy, 1 thread" in reads else "plain read of the disk"
-        axes.text(ceiling - top * 0.012, 0, bound, color=BOUND, ha="right", va="center")
+        # On the side with room, below the bars that are as long as the line.
+        is_left = ceiling > top / 2
+        place = ceiling + (-1 if is_left else 6) * top * 0.012
+        side = "right" if is_left else "left"
+        axes.text(place, 0, bound, color=BOUND, ha=side, va="center")
     axes.set_title(
         f"{title}, images/s in random batches of {config['batch']}",
         loc="left",
