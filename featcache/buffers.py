@@ -76,7 +76,7 @@ def allocate(layer: LayerCodec, images: int, pin_memory: bool = False) -> Stored
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, pin_memory: bool) -> Tensor:
     """`torch.empty`, in huge pages where there is enough of it: to touch fresh memory for the first
-    time takes a third as long (benchmarks/bench_reader.py)."""
+    time takes a seventh as long (benchmarks/bench_reader.py)."""
     count = math.prod(shape)
     if pin_memory or count * dtype.itemsize < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
