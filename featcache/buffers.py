@@ -38,9 +38,7 @@ class Buffers:
 
     def take(self, images: int, must: bool) -> StoredFeatures | None:
         """One of at least so many images; None where the budget is used up, unless it `must`."""
-        while self._returned:
-            self._free.append(self._returned.popleft())
-            self._in_use_bytes -= self._free[-1].nbytes
+        self._take_back()
         wanted = images * self._layer.image_bytes
         self._budget_bytes = max(self._budget_bytes, 2 * wanted)
         if self._in_use_bytes + wanted > self._budget_bytes and not must:
@@ -57,12 +55,18 @@ class Buffers:
         return chosen
 
     def clear(self) -> None:
-        """Free what nobody uses."""
+        """Free what nobody uses. Not safe for several threads at once."""
+        self._take_back()
         self._free.clear()
 
     def give_back(self, buffer: StoredFeatures) -> None:
         """One that was taken, and that nothing reads or writes any more."""
         self._returned.append(buffer)
+
+    def _take_back(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
+            self._in_use_bytes -= self._free[-1].nbytes
 
 
 def allocate(layer: LayerCodec, images: int, pin_memory: bool = False) -> StoredFeatures:

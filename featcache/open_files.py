@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 
@@ -50,9 +49,6 @@ class OpenFiles:
     def count(self) -> int:
         """Of all files."""
         return len(self._seen)
-
-    def path(self, number: int) -> Path:
-        return self.where.paths(number)
 
     def get(self, number: int) -> OpenFile | None:
         """The file of that number, where it is open."""

@@ -37,8 +37,8 @@ class Pending:
     """A batch under way. rows: ascending; places: where each goes in the buffer.
 
     compare: bool[I], whose checksums are compared with what is read; None: nobody's.
+    renewals: of the reader, when that was decided. job: None for a batch without rows.
     opening: (array, number) of the job's files. held: the open ones.
-    renewals: of the reader, when it was submitted. job: None for a batch without rows.
     """
 
     job: Job | None  # the first to go: what it uses goes after it
@@ -46,9 +46,9 @@ class Pending:
     rows: np.ndarray[Any, Any]
     places: np.ndarray[Any, Any]
     compare: np.ndarray[Any, Any] | None
+    renewals: int
     opening: list[tuple[int, int]] = field(default_factory=list)
     held: list[OpenFile] = field(default_factory=list)
-    renewals: int = 0
 
     def cancel(self) -> None:
         """Nothing writes into the buffer any more when this returns."""
@@ -90,6 +90,10 @@ class RowReads:
         _all.add(self)
 
     def submit(self, rows: np.ndarray[Any, Any], buffer: StoredFeatures) -> Pending:
+        """Begin to read int64[I] rows, in any order, into the first I images of `buffer`.
+
+        Raises StoreError for rows that cannot be read, and after `close`.
+        """
         if self._closed:
             raise StoreError("this feature reader is closed; ask the store for another one")
         rows = np.asarray(rows)
@@ -103,7 +107,7 @@ class RowReads:
         places = np.argsort(rows, kind="stable")
         rows = rows[places]
         with self.lock:
-            batch = Pending(None, buffer, rows, places, self._unchecked(rows))
+            batch = Pending(None, buffer, rows, places, self._unchecked(rows), self._renewals)
             self._start(batch)
             self._under_way.add(batch)
         return batch
@@ -158,7 +162,6 @@ class RowReads:
 
     def _start(self, batch: Pending) -> None:
         """Hand the batch's job in. Needs the lock."""
-        batch.renewals = self._renewals
         batch.opening, batch.held = [], []
         if not len(batch.rows):
             return
@@ -174,7 +177,7 @@ class RowReads:
                 file = open_files.get(number)
                 batch.opening.append((array, number))
                 if file is None:
-                    files.append(os.fsencode(open_files.path(number)))
+                    files.append(os.fsencode(where.paths(number)))
                 else:
                     files.append(file.descriptor)
                     batch.held.append(file)
@@ -255,9 +258,7 @@ class RowReads:
                 with self.lock:
                     for files in self._files:
                         files.shrink()
-                    renewals = batch.renewals  # what was compared, was compared since then
                     self._start(batch)
-                    batch.renewals = renewals
                     job = batch.job
                 assert job is not None
                 result = Result(*job.wait())

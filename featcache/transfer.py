@@ -17,8 +17,8 @@ def on_device(
     """The batches there, still in their stored, small form.
 
     To CUDA each batch is copied while the one before it is used: on a stream of its own, from
-    page-locked memory (`ReaderOptions.pin_memory`) without holding up the caller. Nothing is copied
-    for another device of the CPU kind.
+    page-locked memory (`ReaderOptions.pin_memory`) without holding up the caller. For the CPU
+    nothing is copied.
     """
     if device is None or device.type == "cpu":
         return batches
