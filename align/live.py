@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from align.errors import DataError
 from align.generate import generate
 from align.run import Speaker
@@ -57,7 +55,7 @@ def caption_images(
     pixels = []
     for path in images:
         try:
-            pixels.append(torch.from_numpy(loaded.preprocess(load_image(path)).copy()))
+            pixels.append(loaded.preprocess(load_image(path)))
         except ImageError as error:
             raise DataError(f"{path}: {error}") from error
     records = [Record(str(path), (path.name,), (), None, str(path)) for path in images]
@@ -68,7 +66,7 @@ def caption_images(
     said: list[str] = []
     for start in range(0, len(images), config.batch_size):
         part = slice(start, start + config.batch_size)
-        features = loaded.encode(torch.stack(pixels[part])).features[speaker.layer]
+        features = loaded.encode(loaded.collate(pixels[part])).features[speaker.layer]
         # Rounded as the store rounds it, so that both paths see the same numbers.
         as_stored, problems = codec.encode(features)
         for path, problem in zip(images[part], problems, strict=True):

@@ -72,8 +72,8 @@ def shapes(images: int, model: str = "tiny", random_weights: bool = False) -> Te
     rng = np.random.default_rng(0)
     encoder = load_encoder(model, random_weights=random_weights)
     pictures = [Image.fromarray(render(scene, rng)) for scene in sample_scenes(images, rng)]
-    pixels = np.stack([encoder.preprocess(picture) for picture in pictures])
-    return encoder.encode(torch.from_numpy(pixels)).features["-2"].float().clone()
+    pixels = [encoder.preprocess(picture) for picture in pictures]
+    return encoder.encode(encoder.collate(pixels)).features["-2"].float().clone()
 
 
 def load(quick: bool) -> Data:

@@ -38,9 +38,10 @@ from featcache.codecs import (
 )
 from featcache.encoders import Encoder
 from featcache.errors import ImageError
-from featcache.images import decode, digest, read_bytes
+from featcache.images import decode, digest
 from featcache.journal import Plan
 from featcache.layout import Status
+from featcache.sources import ImageRef, Sources
 from featcache.writer import ShardBuffer, ShardSpec
 
 SHARDS_IN_MEMORY = 3
@@ -76,27 +77,6 @@ class _Batch:
     first: int
     images: list[Future[_Loaded]]
     last: bool
-
-
-class Sources:
-    """Where the images of rows lie: under every key that any plan gave them, below the image root
-    of now and that of the plan, newest plan first. A file may have been renamed since."""
-
-    def __init__(self, plans: Sequence[Plan], image_root: Path) -> None:
-        self._plans = [
-            (plan, tuple(dict.fromkeys((image_root, plan.image_root))), order, plan.rows[order])
-            for plan in reversed(plans)
-            for order in (np.argsort(plan.rows, kind="stable"),)
-        ]
-
-    def paths(self, row: int) -> list[Path]:
-        """Each path once, the likeliest first."""
-        found: dict[Path, None] = {}
-        for plan, roots, order, rows in self._plans:
-            first, last = np.searchsorted(rows, [row, row + 1])
-            for at in order[first:last].tolist():
-                found.update((root / plan.keys[at], None) for root in roots)
-        return list(found)
 
 
 class ShardEncoder:
@@ -240,10 +220,8 @@ class ShardEncoder:
                 good.append(i)
         if not good:
             return len(loaded)
-        pixels = torch.from_numpy(
-            np.stack([image.pixels for image in loaded if image.pixels is not None])
-        )
-        encoded = self._encoder.encode(pixels)
+        pixels = [image.pixels for image in loaded if image.pixels is not None]
+        encoded = self._encoder.encode(self._encoder.collate(pixels))
         stored: dict[str, StoredFeatures] = {}
         reasons: list[str | None] = [None] * len(good)
 
@@ -281,7 +259,7 @@ def load_pixels(encoder: Encoder, sources: Sources, row: int, expected: bytes) -
     size = (0, 0)
     pixels, status, detail = None, Status.OK, ""
     try:
-        data = _find(sources.paths(row), expected)
+        data = _find(sources.refs(row), expected)
         image, size = decode(data)
         pixels = encoder.preprocess(image)
     except ImageError as error:
@@ -291,22 +269,22 @@ def load_pixels(encoder: Encoder, sources: Sources, row: int, expected: bytes) -
     return _Loaded(pixels, size, status, detail, time.perf_counter() - start)
 
 
-def _find(paths: Sequence[Path], expected: bytes) -> bytes:
-    """The planned image's bytes, from the first path that holds them.
+def _find(refs: Sequence[ImageRef], expected: bytes) -> bytes:
+    """The planned image's bytes, from the first place that holds them.
 
     Raises ImageError where none does: "changed" if there is a file with other bytes, else as
-    `read_bytes` of the first path.
+    `ImageRef.read` of the first.
     """
     errors: list[ImageError] = []
-    for path in paths:
+    for ref in refs:
         try:
-            data = read_bytes(path)
+            data = ref.read()
         except ImageError as error:
             errors.append(error)
             continue
         if digest(data) == expected:
             return data
-        changed = f"{path} changed after the scan; extract again"
+        changed = f"{ref} changed after the scan; extract again"
         errors.insert(0, ImageError("changed", changed))
     raise errors[0]
 
@@ -379,7 +357,7 @@ def calibrate(
         taken: dict[str, list[Tensor]] = {layer: [] for layer in encoder.layers}
         source = islice(_pixels(encoder, plan, sources, workers), CALIBRATION_IMAGES)
         while batch := list(islice(source, plan.batch_size)):
-            features = encoder.encode(torch.from_numpy(np.stack(batch))).features
+            features = encoder.encode(encoder.collate(batch)).features
             for layer, values in features.items():
                 taken[layer].append(values.float().cpu())
         if all(taken.values()):

@@ -56,6 +56,23 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
+class Pixels:
+    """A batch as an encoder takes it. values: uint8[B, height, width, 3]."""
+
+    values: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, images: slice) -> Pixels:
+        return Pixels(self.values[images])
+
+    def pin_memory(self) -> Pixels:
+        """The same in page-locked memory, for asynchronous copies to CUDA."""
+        return Pixels(self.values.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
 class Preprocessing:
     """The settings of the checkpoint's image processor, and the same arithmetic split in two:
     resizing on the CPU gives uint8, normalising happens on the device.
@@ -207,14 +224,18 @@ class Encoder:
         """RGB image -> uint8[height, width, 3] at the encoder's resolution."""
         return self.preprocessing.resize(image)
 
+    def collate(self, images: Sequence[np.ndarray[Any, Any]]) -> Pixels:
+        """What `preprocess` gave for some images, as a batch."""
+        return Pixels(torch.from_numpy(np.stack(images)))
+
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8[B, height, width, 3] on any device -> float32[B, 3, height, width] on ours."""
         index = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).int()
         return torch.stack([self._table[c][index[:, c]] for c in range(3)], dim=1)
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> Encoded:
-        """uint8[B, height, width, 3] -> features of each of `layers`, in the compute dtype.
+    def encode(self, pixels: Pixels) -> Encoded:
+        """What `collate` gave -> features of each of `layers`, in the compute dtype.
 
         A batch for which the memory does not suffice is computed in parts, halved until they fit;
         later batches begin with what fitted. Cutting a batch may change a feature's last bits.
@@ -245,7 +266,7 @@ class Encoder:
             raise self._no_room(len(pixels), joined)
         return joined
 
-    def _forward(self, pixels: Tensor) -> Encoded:
+    def _forward(self, pixels: Pixels) -> Encoded:
         """`encode` of a batch that fits."""
         taken: dict[int, Tensor] = {}
         blocks = self.model.encoder.layers
@@ -263,7 +284,7 @@ class Encoder:
             source = self.model.embeddings if index == 0 else blocks[index - 1]
             hooks.append(source.register_forward_hook(take(index)))
         try:
-            output = self.model(self.normalize(pixels).to(self.compute_dtype))
+            output = self.model(self.normalize(pixels.values).to(self.compute_dtype))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from featcache import layout
 from featcache.codecs import Codec, get_codec
-from featcache.encode import ShardEncoder, Sources, calibrate
+from featcache.encode import ShardEncoder, calibrate
 from featcache.encoders import Encoder, load_encoder
 from featcache.errors import ConfigError, ManifestError, StoreError
 from featcache.files import publish, publish_json
@@ -44,6 +44,7 @@ from featcache.manifests import Manifest, read_manifest
 from featcache.mend import ShardMender
 from featcache.planning import plan_extraction
 from featcache.probe import Speed, probe_speed
+from featcache.sources import ImageRef, Sources
 from featcache.store import blank_spec, shard_spec
 from featcache.writer import write_error
 
@@ -189,7 +190,7 @@ def _update(
     on_progress: OnProgress,
 ) -> ExtractResult:
     """Plan, encode and commit into a locked store; in a dry run only plan. Raises as `extract`."""
-    out, root = options.out, manifest.image_root.absolute()
+    out, root = options.out, str(manifest.image_root.absolute())
     info = _describe(encoder, codec, options, manifest)
     journal = Journal.load(out, info.generation)
     on_progress(ExtractProgress("scan", 0, len(keys)))
@@ -221,7 +222,7 @@ def _update(
     speed = None
     batch_size = pending[0][0].batch_size if pending else 0
     if new > (0 if options.dry_run else PROBED_BATCHES * batch_size):
-        speed = probe_speed(encoder, _some_files(sources, pending), batch_size, options.workers)
+        speed = probe_speed(encoder, _some_images(sources, pending), batch_size, options.workers)
     preflight = Preflight(new, nbytes, free_bytes, speed)
 
     if options.dry_run:
@@ -436,11 +437,11 @@ def require_space(out: Path, needed: int, cure: str, *, force: bool = False) -> 
     return free
 
 
-def _some_files(sources: Sources, pending: Sequence[tuple[Plan, int]]) -> list[Path]:
-    """The likeliest files of the images that come first."""
+def _some_images(sources: Sources, pending: Sequence[tuple[Plan, int]]) -> list[ImageRef]:
+    """The likeliest places of the images that come first."""
     plan, shard = pending[0]
     rows = range(shard * plan.shard_images, shard * plan.shard_images + len(plan.digests_of(shard)))
-    return [sources.paths(row)[0] for row in rows]
+    return [sources.refs(row)[0] for row in rows]
 
 
 def _peak_ram_bytes() -> int:

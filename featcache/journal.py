@@ -62,7 +62,7 @@ class Plan:
     first_shard: int
     shard_images: int
     batch_size: int
-    image_root: Path
+    image_root: str
     keys: list[str]
     rows: np.ndarray[Any, Any]
     missing: list[Failure]
@@ -95,7 +95,7 @@ class Plan:
         np.savez(
             buffer,
             head=np.array(head, np.int64),
-            image_root=pack_lines([str(self.image_root)]),
+            image_root=pack_lines([self.image_root]),
             keys=pack_lines(self.keys),
             rows=self.rows,
             missing=pack_failures(self.missing),
@@ -117,7 +117,7 @@ class Plan:
                     first_shard,
                     shard_images,
                     batch_size,
-                    Path(unpack_lines(data["image_root"])[0]),
+                    unpack_lines(data["image_root"])[0],
                     unpack_lines(data["keys"]),
                     data["rows"],
                     unpack_failures(data["missing"]),
@@ -288,14 +288,14 @@ class Keys:
 
     rows: dict[str, int]
     missing: dict[str, Failure]
-    roots: dict[str, Path]
+    roots: dict[str, str]
 
 
 def merge(plans: Sequence[Plan]) -> Keys:
     """The plans put together, later ones over earlier ones."""
     rows: dict[str, int] = {}
     missing: dict[str, Failure] = {}
-    roots: dict[str, Path] = {}
+    roots: dict[str, str] = {}
     for plan in plans:
         rows.update(zip(plan.keys, plan.rows.tolist(), strict=True))
         missing.update((failure.key, failure) for failure in plan.missing)

@@ -120,7 +120,7 @@ def compare_live(
         except CorruptStoreError as error:
             not_compared.append(f"{where}: {error}")
             continue
-        encoded = encoder.encode(torch.from_numpy(loaded.pixels[None]))
+        encoded = encoder.encode(encoder.collate([loaded.pixels]))
         compared += 1
         for name, stored in kept.items():
             if name == "pooled":

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
 from featcache.errors import ImageError, StoreError
-from featcache.images import digest, read_bytes
+from featcache.images import digest
 from featcache.journal import Failure, Journal, Plan, merge
 from featcache.layout import Status
+from featcache.sources import ImageRef
 
 SCAN_BLOCK = 1024
 """Files that are queued for hashing at once."""
@@ -24,7 +24,7 @@ WITHOUT_ANSWER = (*RETRIED, Status.DROPPED)
 def plan_extraction(
     journal: Journal,
     keys: Sequence[str],
-    image_root: Path,
+    image_root: str,
     shard_images: int,
     batch_size: int,
     workers: int,
@@ -94,13 +94,13 @@ def plan_extraction(
 
 
 def _scan(
-    keys: Sequence[str], image_root: Path, workers: int, on_scan: Callable[[int], None]
+    keys: Sequence[str], image_root: str, workers: int, on_scan: Callable[[int], None]
 ) -> Iterator[tuple[str, bytes | Failure]]:
     """Each key with its file's digest, or why it has none."""
 
     def scan(key: str) -> bytes | Failure:
         try:
-            return digest(read_bytes(image_root / key))
+            return digest(ImageRef(image_root, key).read())
         except ImageError as error:
             return Failure(key, error.reason, error.detail)
 

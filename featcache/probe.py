@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from featcache.encoders import Encoder
 from featcache.errors import ImageError
-from featcache.images import decode, digest, read_bytes
+from featcache.images import decode, digest
+from featcache.sources import ImageRef
 
 DECODE_RATIO = 0.25
 """Of the budget, for reading images; the rest is the encoder's."""
@@ -41,13 +40,13 @@ class Speed:
 
 def probe_speed(
     encoder: Encoder,
-    files: Sequence[Path],
+    images: Sequence[ImageRef],
     batch_size: int,
     workers: int,
     budget_s: float = 5.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed | None:
-    """Time the first images of `files`; None where none of those tried can be read.
+    """Time the first of `images`; None where none of those tried can be read.
 
     Starts with a forward of one image, whose time tells how large a batch fits the budget; a
     first forward is the slowest, so a batch that was quicker than thought is followed by a larger
@@ -57,7 +56,7 @@ def probe_speed(
     Raises EncoderError where memory does not suffice for a single image.
     """
     start = clock()
-    pixels, decode_s = _load(encoder, files, batch_size, budget_s, clock)
+    pixels, decode_s = _load(encoder, images, batch_size, budget_s, clock)
     if not pixels:
         return None
     measured = 0
@@ -73,7 +72,7 @@ def probe_speed(
 
 def _load(
     encoder: Encoder,
-    files: Sequence[Path],
+    images: Sequence[ImageRef],
     most: int,
     budget_s: float,
     clock: Callable[[], float],
@@ -85,13 +84,13 @@ def _load(
     pixels: list[np.ndarray[Any, Any]] = []
     spent = 0.0
     start = clock()
-    for path in files:
+    for image in images:
         allowed = budget_s * DECODE_RATIO if pixels else budget_s
         begun = clock()
         if len(pixels) == most or begun - start >= allowed:
             break
         try:
-            data = read_bytes(path)
+            data = image.read()
             digest(data)  # for its time: extraction compares it with the plan's
             pixels.append(encoder.preprocess(decode(data)[0]))
         except ImageError:
@@ -107,7 +106,7 @@ def _encode(
     clock: Callable[[], float],
 ) -> float:
     """Seconds for each image of a batch of `size`; images recur where there are fewer."""
-    batch = torch.from_numpy(np.stack([pixels[i % len(pixels)] for i in range(size)]))
+    batch = encoder.collate([pixels[i % len(pixels)] for i in range(size)])
     start = clock()
     encoded = encoder.encode(batch)
     for values in encoded.features.values():

@@ -20,7 +20,7 @@ import numpy as np
 
 from featcache import layout
 from featcache.codecs import get_codec
-from featcache.encode import ShardEncoder, Sources, calibrate
+from featcache.encode import ShardEncoder, calibrate
 from featcache.encoders import RANDOM_REVISION, Encoder, load_encoder
 from featcache.errors import FeatcacheError, StoreError
 from featcache.files import publish
@@ -30,6 +30,7 @@ from featcache.journal import Journal, Plan, RowRecord, key_of, locked, num_rows
 from featcache.layout import Status, StoreInfo, array_checksum, write_array
 from featcache.mend import ShardMender
 from featcache.planning import RETRIED
+from featcache.sources import Sources
 from featcache.store import codecs_before, form_of, shard_spec
 from featcache.verify import (
     RECOMPILE,
@@ -283,5 +284,5 @@ def encoder_of(info: StoreInfo, model: str | None, device: str | None = None) ->
 
 def sources_of(info: StoreInfo, plans: list[Plan], images: Path | None) -> Sources:
     """Where a store's images may lie."""
-    root = images or Path(info.source.get("images", plans[-1].image_root))
-    return Sources(plans, root.absolute())
+    root = images.absolute() if images else info.source.get("images", plans[-1].image_root)
+    return Sources(plans, str(root))

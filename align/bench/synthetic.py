@@ -37,7 +37,7 @@ def write_store(
         first_shard=0,
         shard_images=shard_images,
         batch_size=1,
-        image_root=out,
+        image_root=str(out),
         keys=keys,
         rows=np.arange(images),
         missing=[],

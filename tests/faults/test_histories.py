@@ -66,7 +66,7 @@ class World:
         """float16[P, D] of an image's bytes, or the ledger's reason."""
         if digest(data) not in self.expected:
             try:
-                pixels = torch.from_numpy(self.encoder.preprocess(decode(data)[0]))[None]
+                pixels = self.encoder.collate([self.encoder.preprocess(decode(data)[0])])
                 self.expected[digest(data)] = self.encoder.encode(pixels).features["-2"][0].half()
             except ImageError as error:
                 self.expected[digest(data)] = error.reason

@@ -17,7 +17,7 @@ import torch
 import featcache
 from cli import console
 from cli.featcache import group
-from featcache.encoders import Encoder, load_encoder
+from featcache.encoders import Encoder, Pixels, load_encoder
 from featcache.errors import ImageError
 from featcache.images import digest, load_image, read_bytes
 from featcache.layout import Status
@@ -121,7 +121,7 @@ def distinct(folder: Path, names: Sequence[str]) -> int:
 def encode_alone(encoder: Encoder, path: Path) -> torch.Tensor:
     """The features of one image, stored type."""
     pixels = torch.from_numpy(encoder.preprocess(load_image(path)))[None]
-    return encoder.encode(pixels).features["-2"][0].half()
+    return encoder.encode(Pixels(pixels)).features["-2"][0].half()
 
 
 def test_a_folder(zoo: Zoo, command: Command, encoder_dir: Path, tmp_path: Path) -> None:

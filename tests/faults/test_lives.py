@@ -102,7 +102,7 @@ class Life:
             pixels = torch.from_numpy(self.encoder.preprocess(decode(data)[0]))[None]
         except ImageError as error:
             return error.reason
-        return self.encoder.encode(pixels).features["-2"][0].float()
+        return self.encoder.encode(encoders.Pixels(pixels)).features["-2"][0].float()
 
     # ------------------------------------------------------------------------------------- checks
 

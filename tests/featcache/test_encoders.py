@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from featcache.encoders import Encoder, load_encoder
+from featcache.encoders import Encoder, Pixels, load_encoder
 from featcache.errors import ConfigError, EncoderError
 from featcache.registry import ENCODERS, same_encoder
 
@@ -63,7 +63,7 @@ def test_features_are_the_hidden_states_of_hugging_face(encoder_dir: Path) -> No
     encoder = load_encoder(str(encoder_dir), layers=layers)
     reference = SiglipVisionModel.from_pretrained(encoder_dir).eval()
     pixels = torch.stack([torch.from_numpy(encoder.preprocess(im)) for im in photographs()])
-    encoded = encoder.encode(pixels)
+    encoded = encoder.encode(Pixels(pixels))
     with torch.inference_mode():
         expected = reference(encoder.normalize(pixels), output_hidden_states=True)
     for layer in layers[:-1]:
@@ -264,13 +264,13 @@ CPU_MESSAGE = (
 )
 def test_a_batch_that_does_not_fit_is_halved(encoder_dir: Path, error: Exception) -> None:
     pixels = noise(13)
-    expected = load_encoder(str(encoder_dir), layers=("-2", "last")).encode(pixels)
+    expected = load_encoder(str(encoder_dir), layers=("-2", "last")).encode(Pixels(pixels))
     encoder = load_encoder(str(encoder_dir), layers=("-2", "last"))
     small = Small(encoder, 4, error)
     assert encoder.max_batch is None and encoder.backed_off is None
     gc.disable()  # what only a cycle keeps alive counts as kept alive
     try:
-        encoded = encoder.encode(pixels)
+        encoded = encoder.encode(Pixels(pixels))
     finally:
         gc.enable()
     assert small.sizes == [13, 7, 4, 4, 4, 1]
@@ -281,14 +281,14 @@ def test_a_batch_that_does_not_fit_is_halved(encoder_dir: Path, error: Exception
     torch.testing.assert_close(encoded.pooled, expected.pooled, rtol=1e-5, atol=1e-5)
 
     small.sizes.clear()
-    encoder.encode(pixels[:6])  # what worked is remembered
-    encoder.encode(pixels[:3])
+    encoder.encode(Pixels(pixels[:6]))  # what worked is remembered
+    encoder.encode(Pixels(pixels[:3]))
     assert small.sizes == [4, 2, 3]
     assert encoder.backed_off == (13, 4)
 
     small.sizes.clear()
     small.limit = 1  # someone else took more of the memory
-    encoder.encode(pixels[:5])
+    encoder.encode(Pixels(pixels[:5]))
     assert small.sizes == [4, 2, 1, 1, 1, 1, 1]
     assert (encoder.max_batch, encoder.backed_off) == (1, (4, 1))
 
@@ -301,10 +301,10 @@ def test_memory_that_runs_out_midway_keeps_what_is_done(encoder_dir: Path) -> No
         lambda *_: setattr(small, "limit", 2 if len(small.sizes) >= 1 else 4)
     )
     pixels = noise(10)
-    encoded = encoder.encode(pixels)
+    encoded = encoder.encode(Pixels(pixels))
     taken.remove()
     assert small.sizes == [4, 4, 2, 2, 2]
-    expected = load_encoder(str(encoder_dir)).encode(pixels).features["-2"]
+    expected = load_encoder(str(encoder_dir)).encode(Pixels(pixels)).features["-2"]
     torch.testing.assert_close(encoded.features["-2"], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -312,7 +312,7 @@ def test_a_single_image_that_does_not_fit_is_one_clear_line(encoder_dir: Path) -
     encoder = load_encoder(str(encoder_dir))
     Small(encoder, 0, torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore lines"))
     with pytest.raises(EncoderError) as caught:
-        encoder.encode(noise(5))
+        encoder.encode(Pixels(noise(5)))
     assert str(caught.value) == (
         f"the encoder {encoder_dir} ran out of memory on cpu at batch 1 "
         "(CUDA out of memory. Tried 2 GiB); use a smaller encoder"
@@ -326,7 +326,7 @@ def test_other_errors_are_no_lack_of_memory(encoder_dir: Path) -> None:
     encoder = load_encoder(str(encoder_dir))
     small = Small(encoder, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        encoder.encode(noise(5))
+        encoder.encode(Pixels(noise(5)))
     assert small.sizes == [5] and encoder.max_batch is None
 
 
@@ -336,18 +336,18 @@ from pathlib import Path
 
 import torch
 
-from featcache.encoders import load_encoder
+from featcache.encoders import Pixels, load_encoder
 
 torch.set_num_threads(1)
 encoder = load_encoder(sys.argv[1], layers=("-2", "last"))
 generator = torch.Generator().manual_seed(0)
 pixels = torch.randint(0, 256, (8000, 24, 24, 3), dtype=torch.uint8, generator=generator)
-unlimited = encoder.encode(pixels)
+unlimited = encoder.encode(Pixels(pixels))
 assert encoder.max_batch is None
 status = Path("/proc/self/status").read_text().splitlines()
 used = int(next(line for line in status if line.startswith("VmSize:")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + (80 << 20), resource.RLIM_INFINITY))
-limited = encoder.encode(pixels)
+limited = encoder.encode(Pixels(pixels))
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 for layer, values in unlimited.features.items():
     torch.testing.assert_close(limited.features[layer], values, rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from featcache.encoders import Encoded, Encoder, load_encoder
 from featcache.probe import Speed, probe_speed
+from featcache.sources import ImageRef
 
 
 class Clock:
@@ -52,8 +53,12 @@ def clock(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def refs(files: list[Path]) -> list[ImageRef]:
+    return [ImageRef(str(file.parent), file.name) for file in files]
+
+
 def test_figures_of_a_real_run(encoder: Encoder, files: list[Path]) -> None:
-    speed = probe_speed(encoder, files, batch_size=4, workers=2)
+    speed = probe_speed(encoder, refs(files), batch_size=4, workers=2)
     assert speed is not None
     for value in (speed.decode_s, speed.encode_s, speed.images_per_s):
         assert 0 < value < math.inf
@@ -83,7 +88,7 @@ def test_the_budget(
     budget_s: float, sizes: list[int], spent_s: float,
 ) -> None:  # fmt: skip
     start = clock.now
-    speed = probe_speed(encoder, files, 4, workers=1, budget_s=budget_s, clock=clock)
+    speed = probe_speed(encoder, refs(files), 4, workers=1, budget_s=budget_s, clock=clock)
     assert speed is not None
     assert clock.sizes == sizes
     assert clock.now - start == pytest.approx(spent_s)
@@ -95,7 +100,7 @@ def test_the_budget(
 def test_a_large_batch_of_few_images_repeats_them(
     encoder: Encoder, files: list[Path], clock: Clock
 ) -> None:
-    speed = probe_speed(encoder, files[:2], 64, workers=1, budget_s=60, clock=clock)
+    speed = probe_speed(encoder, refs(files[:2]), 64, workers=1, budget_s=60, clock=clock)
     assert speed is not None and speed.batch_size == 64
 
 
@@ -103,13 +108,13 @@ def test_bad_files_are_passed_over(encoder: Encoder, files: list[Path], tmp_path
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no image")
     missing = tmp_path / "missing.jpg"
-    assert probe_speed(encoder, [bad, missing, tmp_path, files[0]], 4, workers=1) is not None
-    assert probe_speed(encoder, [bad, missing, tmp_path], 4, workers=1) is None
+    assert probe_speed(encoder, refs([bad, missing, tmp_path, files[0]]), 4, workers=1) is not None
+    assert probe_speed(encoder, refs([bad, missing, tmp_path]), 4, workers=1) is None
     assert probe_speed(encoder, [], 4, workers=1) is None
 
 
 def test_a_million_bad_files_end_with_the_budget(encoder: Encoder, tmp_path: Path) -> None:
     ticks = iter(range(1000))
-    files = [tmp_path / "missing.jpg"] * 1_000_000
-    assert probe_speed(encoder, files, 4, 1, budget_s=50, clock=lambda: next(ticks)) is None
+    missing = refs([tmp_path / "missing.jpg"]) * 1_000_000
+    assert probe_speed(encoder, missing, 4, 1, budget_s=50, clock=lambda: next(ticks)) is None
     assert next(ticks) < 60

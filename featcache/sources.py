@@ -1,0 +1,51 @@
+"""Where the bytes of images lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featcache.images import read_bytes
+from featcache.journal import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image by its key below an image root; small, and good on any machine that sees the root.
+
+    root: absolute path of a folder. key: POSIX path below it.
+    """
+
+    root: str
+    key: str
+
+    def read(self) -> bytes:
+        """The bytes of the image's file. Raises ImageError as `featcache.images.read_bytes`."""
+        return read_bytes(Path(self.root, self.key))
+
+    def __str__(self) -> str:
+        return str(Path(self.root, self.key))
+
+
+class Sources:
+    """Where the images of rows lie: under every key that any plan gave them, below the image root
+    of now and that of the plan, newest plan first. A file may have been renamed since."""
+
+    def __init__(self, plans: Sequence[Plan], image_root: str) -> None:
+        self._plans = [
+            (plan, tuple(dict.fromkeys((image_root, plan.image_root))), order, plan.rows[order])
+            for plan in reversed(plans)
+            for order in (np.argsort(plan.rows, kind="stable"),)
+        ]
+
+    def refs(self, row: int) -> list[ImageRef]:
+        """Each place once, the likeliest first."""
+        found: dict[ImageRef, None] = {}
+        for plan, roots, order, rows in self._plans:
+            first, last = np.searchsorted(rows, [row, row + 1])
+            for at in order[first:last].tolist():
+                found.update((ImageRef(root, plan.keys[at]), None) for root in roots)
+        return list(found)
