@@ -182,7 +182,7 @@ def test_damage(
         # Channel values can be measured again while the images are there.
         assert outcome == "mended" or "second copy" in outcome
     elif kind == "newer format":
-        assert outcome == "mended" or "has store format 3" in outcome
+        assert outcome == "mended" or "has store format 4" in outcome
     else:
         assert outcome == "mended"
 
