@@ -181,12 +181,13 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
     # Only the keys are needed from here on; 558K records with their texts are most of a GB.
     manifest.records.clear()
     with _executor(options) as executor:
+        encoder = executor.describe()
         try:
             _require_ours(options.out)
             with contextlib.nullcontext() if options.dry_run else locked(options.out):
                 if isinstance(executor, RankExecutor) and not options.dry_run:
                     forget(options.out)
-                result = _update(options, executor, codec, manifest, keys, on_progress)
+                result = _update(options, executor, encoder, codec, manifest, keys, on_progress)
         except OSError as error:
             raise write_error(options.out, error) from error
         except FeatcacheError as error:
@@ -257,6 +258,7 @@ def _worker_options(options: ExtractOptions, workers: int) -> WorkerOptions:
 def _update(
     options: ExtractOptions,
     executor: Executor,
+    encoder: EncoderInfo,
     codec: Codec,
     manifest: Manifest,
     keys: list[str],
@@ -264,7 +266,6 @@ def _update(
 ) -> ExtractResult:
     """Plan, encode and commit into a locked store; in a dry run only plan. Raises as `extract`."""
     out, root = options.out, str(manifest.image_root.absolute())
-    encoder = executor.describe()
     info = _describe(encoder, codec, options, manifest)
     journal = Journal.load(out, info.generation)
     on_progress(ExtractProgress("scan", 0, len(keys)))

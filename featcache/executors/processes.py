@@ -36,6 +36,8 @@ from featcache.worker import ShardDone, Worker, WorkerOptions, WorkProgress
 
 DEATHS_WITHOUT_A_SHARD = 5
 """More workers than that, and than there are, may not die without a shard being committed."""
+_GONE = (EOFError, ConnectionResetError, BrokenPipeError, pickle.UnpicklingError)
+"""What a connection raises whose other end died, perhaps in the middle of a message."""
 _REPORT_EVERY_S = 0.2
 _LOOK_EVERY_S = 1.0
 
@@ -113,7 +115,7 @@ class _Process:
         """False where it is gone."""
         try:
             self.connection.send(order)
-        except (BrokenPipeError, ConnectionResetError):
+        except _GONE:
             return False
         return True
 
@@ -140,16 +142,14 @@ class ProcessExecutor(Executor):
         process = self._processes[0]
         while True:
             process.send("call", method, arguments)
-            while process.connection.poll(None):
-                try:
-                    kind, value = process.connection.recv()
-                except EOFError:
-                    break
-                if kind == "error":
-                    raise value
-                if kind == "result":
-                    return value
-            process = self._replace(process)
+            try:
+                kind, value = process.connection.recv()
+            except _GONE:
+                process = self._replace(process)
+                continue
+            if kind == "error":
+                raise value
+            return value
 
     def run(self, tasks: Iterable[ShardTask]) -> Iterator[WorkProgress]:
         waiting: deque[ShardTask] = deque()
@@ -226,7 +226,7 @@ class ProcessExecutor(Executor):
                     self._commit(process, value)
                 elif kind == "ended":
                     process.ended = True
-        except (EOFError, ConnectionResetError, pickle.UnpicklingError):
+        except _GONE:
             return False
         return True
 
