@@ -276,7 +276,11 @@ def build_arrays(info: StoreInfo, journal: Journal) -> dict[str, np.ndarray[Any,
         flat = np.frombuffer(b"".join(plan.new_digests), np.uint8)
         digests[plan.first_row : plan.end_row] = flat.reshape(-1, DIGEST_BYTES)
     none = np.zeros(rows, np.uint64)
-    checksums = {name: journal.checksums.get(name, none) for name in checksummed(info)}
+    # A row that gc has dropped has them still in its record, until its bytes are gone.
+    ok = journal.status == Status.OK
+    checksums = {
+        name: np.where(ok, journal.checksums.get(name, none), none) for name in checksummed(info)
+    }
 
     known = merge(journal.plans)
     row_of_key, missing = known.rows, known.missing

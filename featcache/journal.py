@@ -241,7 +241,7 @@ class Journal:
     """All of a store's plans, oldest first, and what became of them.
 
     status: uint8[R], UNUSED where a row's shard is not committed. sizes: int32[R, 2], original
-    width and height in pixels. checksums: {layer or "pooled": uint64[R]} of rows with features.
+    width and height in pixels. checksums: {layer or "pooled": uint64[R]}, 0 where a row has none.
     details: {row: why it has none}. pending: (plan, shard) still to be done, in order.
     recorded: shards that have a commit record, if a damaged one.
 
@@ -316,11 +316,7 @@ class Journal:
         for name in dict.fromkeys(name for record in records for name in record.checksums):
             if name not in self.checksums:
                 self.checksums[name] = np.zeros(len(self.status), np.uint64)
-            self.checksums[name][here] = [
-                # A dropped row's record may still have checksums.
-                record.checksums[name] if record.status == Status.OK else 0
-                for record in records
-            ]
+            self.checksums[name][here] = [record.checksums.get(name, 0) for record in records]
 
 
 def recorded_shards(root: Path) -> frozenset[int]:
