@@ -144,7 +144,8 @@ class ExtractResult:
     whose file can be read); new: images encoded by this run; failures: {reason: count};
     first_failure: of the first image in the data's order that has none;
     skipped: {reason: (count, the first one's file and line)} of records that cannot be used;
-    preflight: what was expected before the first image. work: what the workers did.
+    preflight: what was expected before the first image. work: what the workers did, in
+    encoding_s seconds from the first task to the last commit record.
     ok: the failures are within what was allowed, and none is an overflow of the codec.
     """
 
@@ -157,6 +158,7 @@ class ExtractResult:
     skipped: dict[str, tuple[int, str]]
     preflight: Preflight
     seconds: float
+    encoding_s: float
     work: WorkProgress
     ok: bool
 
@@ -300,7 +302,7 @@ def _update(
         speed = executor.probe(first, batch_size)
     preflight = Preflight(new, nbytes, free_bytes, speed, executor.workers)
 
-    work = WorkProgress()
+    work, encoding_s = WorkProgress(), 0.0
     if options.dry_run:
         missing = merge(plans).missing
         lost = [missing[key] for key in keys if key in missing]
@@ -312,8 +314,10 @@ def _update(
                 _calibrate(out, info, executor, root)
             if isinstance(executor, RankExecutor):
                 tell(out, executor.rank, Word(plans[-1].generation, root))
+            began = time.monotonic()
             for work in executor.run(tasks):
                 on_progress(ExtractProgress("encode", work.done, new, work))
+            encoding_s = time.monotonic() - began
         elif isinstance(executor, RankExecutor):
             tell(out, executor.rank, Word(plans[-1].generation if plans else 0, root))
         journal = Journal.load(out) if plan or pending else journal
@@ -336,6 +340,7 @@ def _update(
         skipped={reason: (count, first_of[reason]) for reason, count in skipped.items()},
         preflight=preflight,
         seconds=0.0,
+        encoding_s=encoding_s,
         work=work,
         ok=len(lost) <= options.max_failures * len(keys) and not failures[Status.OVERFLOW.reason],
     )

@@ -67,7 +67,8 @@ def test_what_an_extraction_reports(options: ExtractOptions) -> None:
     )
     assert result.work.peak_ram_bytes > 50e6
     assert (result.work.done, result.work.own, result.work.failed) == (10, 10, 0)
-    assert replace(result, seconds=0, work=WorkProgress()) == ExtractResult(
+    assert 0 < result.encoding_s < result.seconds
+    assert replace(result, seconds=0, encoding_s=0, work=WorkProgress()) == ExtractResult(
         path=options.out,
         images=10,
         features=10,
@@ -77,6 +78,7 @@ def test_what_an_extraction_reports(options: ExtractOptions) -> None:
         skipped={},
         preflight=preflight,
         seconds=0,
+        encoding_s=0,
         work=WorkProgress(),
         ok=True,
     )
