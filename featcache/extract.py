@@ -66,6 +66,7 @@ class ExtractOptions:
     threads. limit: only the first images.
     max_failures: ratio of images without features above which the result is not ok.
     force: begin although the disk seems too small.
+    fit, compile: see `load_encoder`.
     """
 
     model: str
@@ -83,6 +84,8 @@ class ExtractOptions:
     random_weights: bool = False
     dry_run: bool = False
     force: bool = False
+    fit: str = "checkpoint"
+    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,8 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
         layers=options.layers,
         device=options.device,
         random_weights=options.random_weights,
+        fit=options.fit,
+        compile=options.compile,
     )
     try:
         _require_ours(options.out)
@@ -318,7 +323,7 @@ def _describe(
         num_patches=encoder.num_patches,
         width=encoder.width,
         shard_images=options.shard_images or DEFAULT_SHARD_IMAGES,
-        pooled=encoder.model.use_head,
+        pooled=encoder.tower.pools,
     )
     # Wherever a store was begun: what says how its features were made may be lost.
     begun = ("zarr.json", layout.copy_path("zarr.json"), layout.plan_path(1))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
-    Siglip2VisionConfig,
+    Qwen3Config,
     SiglipConfig,
     SiglipModel,
     SiglipTextConfig,
@@ -171,10 +171,13 @@ def test_missing_weights_are_never_replaced_by_random_ones(
 
 
 def test_other_architectures_are_refused(encoder_dir: Path, tmp_path: Path) -> None:
+    """A language model beside an image processor."""
     folder = shutil.copytree(encoder_dir, tmp_path / "encoder")
-    Siglip2VisionConfig().save_pretrained(folder)
-    with pytest.raises(EncoderError, match="'siglip2_vision_model' model; supported are SigLIP"):
-        load_encoder(str(folder))
+    Qwen3Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8, intermediate_size=8
+    ).save_pretrained(folder)
+    with pytest.raises(EncoderError, match=r"is a 'qwen3' model, .* names no patch_size"):
+        load_encoder(str(folder), random_weights=True)
 
 
 def test_other_processors_are_refused(encoder_dir: Path, tmp_path: Path) -> None:
