@@ -45,6 +45,8 @@ class Index:
     digests: uint8[R, 16]; status: uint8[R]; sizes: int32[R, 2] original width and height;
     checksums: {layer or "pooled": uint64[R]} xxh3_64 of a row's stored bytes;
     packed_failures: uint8, see `failures`.
+    grids: int32[R, 2] height and width in patches, zeros without features; None where all images
+    have the same.
     """
 
     key_hash: np.ndarray[Any, Any]
@@ -56,6 +58,7 @@ class Index:
     sizes: np.ndarray[Any, Any]
     checksums: dict[str, np.ndarray[Any, Any]]
     packed_failures: np.ndarray[Any, Any]
+    grids: np.ndarray[Any, Any] | None = None
     _failures: dict[str, Failure] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -137,6 +140,7 @@ class Index:
             **{name: read(name) for name in _PLAIN},
             checksums={name: read(f"checksums/{name}") for name in checksummed(info)},
             packed_failures=read("failures"),
+            grids=read("grids") if info.varies else None,
         )
 
 
@@ -286,6 +290,7 @@ def build_arrays_from(
     assert not journal.pending
     rows = len(journal.status)
     sizes = np.zeros((rows, 2), np.int32)
+    grids = np.zeros((rows, 2), np.int32)
     digests = np.zeros((rows, DIGEST_BYTES), np.uint8)
     checksums = {name: np.zeros(rows, np.uint64) for name in checksummed(info)}
     details: dict[int, str] = {}
@@ -303,6 +308,8 @@ def build_arrays_from(
                     continue  # a dropped row's record may still have checksums
                 for name, checksum in record.checksums.items():
                     checksums[name][row] = checksum
+                if record.grid is not None:
+                    grids[row] = record.grid
 
     known = merge(journal.plans)
     row_of_key, missing = known.rows, known.missing
@@ -325,6 +332,7 @@ def build_arrays_from(
         "sizes": sizes,
         "failures": pack_failures(failures),
         **{f"checksums/{name}": sums for name, sums in checksums.items()},
+        **({"grids": grids} if info.varies else {}),
     }
 
 

@@ -146,12 +146,28 @@ class RowRecord:
     status: `Status` value. detail: for the ledger, empty where the row is fine.
     size: original (width, height) in pixels, (0, 0) where unknown.
     checksums: xxh3_64 of the stored bytes, {layer: of codes and then scales, "pooled": ...}.
+    grid: (height, width) in patches where each image has its own, else None and not written.
     """
 
     status: int = Status.UNUSED
     detail: str = ""
     size: tuple[int, int] = (0, 0)
     checksums: dict[str, int] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, document: dict[str, Any]) -> RowRecord:
+        """What `describe` gave."""
+        grid = document.get("grid")
+        pairs = {"size": tuple(document["size"]), "grid": None if grid is None else tuple(grid)}
+        return cls(**{**document, **pairs})
+
+    def describe(self) -> dict[str, Any]:
+        """As it stands in a commit record."""
+        described = asdict(self)
+        if self.grid is None:
+            del described["grid"]
+        return described
 
 
 @dataclass(slots=True)
@@ -170,7 +186,7 @@ class Commit:
 
     def render(self) -> bytes:
         """The bytes of its file."""
-        return render_json(with_checksum(asdict(self)))
+        return render_json(self._document())
 
     @classmethod
     def parse(cls, raw: bytes) -> Commit:
@@ -178,7 +194,7 @@ class Commit:
         document = unseal_json(raw)
         return cls(
             shard=document["shard"],
-            rows=[RowRecord(**{**row, "size": tuple(row["size"])}) for row in document["rows"]],
+            rows=[RowRecord.parse(row) for row in document["rows"]],
             files={path: Seal(**seal) for path, seal in document["files"].items()},
             seconds=document["seconds"],
             versions=document["versions"],
@@ -186,7 +202,10 @@ class Commit:
 
     def save(self, root: Path) -> None:
         """Publish it under journal/. Raises OSError."""
-        publish_json(root / layout.commit_path(self.shard), with_checksum(asdict(self)))
+        publish_json(root / layout.commit_path(self.shard), self._document())
+
+    def _document(self) -> dict[str, Any]:
+        return with_checksum({**asdict(self), "rows": [row.describe() for row in self.rows]})
 
     @classmethod
     def load(cls, root: Path, shard: int) -> Commit | None:

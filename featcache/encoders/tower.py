@@ -40,6 +40,21 @@ class Encoded:
     pooled: Tensor | None
     grids: Tensor | None = None
 
+    def grid(self, i: int) -> tuple[int, int] | None:
+        """Of image i, where they vary."""
+        if self.grids is None:
+            return None
+        height, width = self.grids[i].tolist()
+        return height, width
+
+    def images(self, layer: str) -> list[Tensor]:
+        """float32[P, D] on the CPU of each image's own patches."""
+        values = self.features[layer].float().cpu()
+        if self.grids is None:
+            return list(values)
+        lengths = self.grids.prod(1).tolist()
+        return [image[:length] for image, length in zip(values, lengths, strict=True)]
+
 
 class Tower:
     """A frozen vision tower. A family is a subclass that says what the class attributes say.
