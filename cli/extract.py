@@ -36,7 +36,16 @@ SHOWN_REASONS = 5
     multiple=True,
     default=("-2",),
     show_default=True,
-    help="As in hidden_states, or 'last' (after the post-layernorm); may be repeated.",
+    help="As in hidden_states, 'last' (after the final norm), or 'multi-stage' (ConvNeXt); may be "
+    "repeated.",
+)
+@click.option(
+    "--fit",
+    default="checkpoint",
+    show_default=True,
+    metavar="HOW",
+    help="How images get the encoder's size: as its checkpoint says, squash, crop (the middle), or "
+    "pad (to a square of the mean colour, or pad:R,G,B).",
 )
 @click.option(
     "--codec",
@@ -68,6 +77,7 @@ SHOWN_REASONS = 5
 )
 @click.option("--dry-run", is_flag=True, help="Scan, plan and probe; say what it would take.")
 @click.option("--force", is_flag=True, help="Begin although the disk seems too small.")
+@click.option("--compile", is_flag=True, help="torch.compile the encoder; costs a minute, once.")
 @click.option("--random-weights", is_flag=True, help="Seeded random weights, for benchmarks.")
 def extract(
     model: str,
@@ -75,6 +85,7 @@ def extract(
     images: Path | None,
     out: Path,
     layers: tuple[str, ...],
+    fit: str,
     codec: str,
     batch_size: str,
     device: str,
@@ -85,6 +96,7 @@ def extract(
     max_failures: float,
     dry_run: bool,
     force: bool,
+    compile: bool,
     random_weights: bool,
 ) -> console.Result:
     """Run a frozen vision encoder once over images and store its features.
@@ -116,6 +128,8 @@ def extract(
         random_weights=random_weights,
         dry_run=dry_run,
         force=force,
+        fit=fit,
+        compile=compile,
     )
     with ExtractDisplay() as display:
         result = run(options, display)

@@ -49,11 +49,14 @@ class EncoderEntry:
 
 
 def same_encoder(a: str, b: str) -> bool:
-    """Whether two encoder names mean one checkpoint: a registered name equals its hub id."""
+    """Whether two encoder names mean one checkpoint at one resolution: a registered name equals its
+    hub id, unless it stands for another resolution than that has."""
 
     def hub_id(name: str) -> str:
         entry = ENCODERS.get(name)
-        return (entry.hub_id if entry else None) or name
+        if entry is None or entry.resolution is not None:
+            return name
+        return entry.hub_id or name
 
     return hub_id(a) == hub_id(b)
 
@@ -221,69 +224,49 @@ GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
 
 ENCODERS = {
     "siglip2-so400m": _siglip("google/siglip2-so400m-patch14-384", "so400m", 14, 384, 0.665),
-    "siglip2-base-patch32-256": _siglip("google/siglip2-base-patch32-256", "base", 32, 256, 0.0115),
-    "siglip2-base-patch16-224": _siglip("google/siglip2-base-patch16-224", "base", 16, 224, 0.0354),
-    "siglip2-base-patch16-256": _siglip("google/siglip2-base-patch16-256", "base", 16, 256, 0.0468),
-    "siglip2-base-patch16-384": _siglip("google/siglip2-base-patch16-384", "base", 16, 384, 0.112),
-    "siglip2-base-patch16-512": _siglip("google/siglip2-base-patch16-512", "base", 16, 512, 0.216),
-    "siglip2-large-patch16-256": _siglip(
-        "google/siglip2-large-patch16-256", "large", 16, 256, 0.163
-    ),
-    "siglip2-large-patch16-384": _siglip(
-        "google/siglip2-large-patch16-384", "large", 16, 384, 0.384
-    ),
-    "siglip2-large-patch16-512": _siglip(
-        "google/siglip2-large-patch16-512", "large", 16, 512, 0.727
-    ),
-    "siglip2-so400m-patch14-224": _siglip(
-        "google/siglip2-so400m-patch14-224", "so400m", 14, 224, 0.22
-    ),
-    "siglip2-so400m-patch16-256": _siglip(
-        "google/siglip2-so400m-patch16-256", "so400m", 16, 256, 0.22
-    ),
-    "siglip2-so400m-patch16-384": _siglip(
+    "siglip2-base-p32-256": _siglip("google/siglip2-base-patch32-256", "base", 32, 256, 0.0115),
+    "siglip2-base-224": _siglip("google/siglip2-base-patch16-224", "base", 16, 224, 0.0354),
+    "siglip2-base-256": _siglip("google/siglip2-base-patch16-256", "base", 16, 256, 0.0468),
+    "siglip2-base-384": _siglip("google/siglip2-base-patch16-384", "base", 16, 384, 0.112),
+    "siglip2-base-512": _siglip("google/siglip2-base-patch16-512", "base", 16, 512, 0.216),
+    "siglip2-large-256": _siglip("google/siglip2-large-patch16-256", "large", 16, 256, 0.163),
+    "siglip2-large-384": _siglip("google/siglip2-large-patch16-384", "large", 16, 384, 0.384),
+    "siglip2-large-512": _siglip("google/siglip2-large-patch16-512", "large", 16, 512, 0.727),
+    "siglip2-so400m-224": _siglip("google/siglip2-so400m-patch14-224", "so400m", 14, 224, 0.22),
+    "siglip2-so400m-256": _siglip("google/siglip2-so400m-patch16-256", "so400m", 16, 256, 0.22),
+    "siglip2-so400m-p16-384": _siglip(
         "google/siglip2-so400m-patch16-384", "so400m", 16, 384, 0.519
     ),
-    "siglip2-so400m-patch16-512": _siglip(
-        "google/siglip2-so400m-patch16-512", "so400m", 16, 512, 0.98
-    ),
-    "siglip2-giant-opt-patch16-256": _siglip(
-        "google/siglip2-giant-opt-patch16-256", "giant", 16, 256, 0.599
-    ),
-    "siglip2-giant-opt-patch16-384": _siglip(
-        "google/siglip2-giant-opt-patch16-384", "giant", 16, 384, 1.39
-    ),
+    "siglip2-so400m-512": _siglip("google/siglip2-so400m-patch16-512", "so400m", 16, 512, 0.98),
+    "siglip2-giant-256": _siglip("google/siglip2-giant-opt-patch16-256", "giant", 16, 256, 0.599),
+    "siglip2-giant-384": _siglip("google/siglip2-giant-opt-patch16-384", "giant", 16, 384, 1.39),
     "siglip2-base-naflex": _naflex("google/siglip2-base-patch16-naflex", "base", 0.0468),
     "siglip2-so400m-naflex": _naflex("google/siglip2-so400m-patch16-naflex", "so400m", 0.22),
-    "siglip-base-patch16-224": _siglip("google/siglip-base-patch16-224", "base", 16, 224, 0.0354),
-    "siglip-base-patch16-256": _siglip("google/siglip-base-patch16-256", "base", 16, 256, 0.0468),
-    "siglip-base-patch16-256-multilingual": _siglip(
+    "siglip-base-224": _siglip("google/siglip-base-patch16-224", "base", 16, 224, 0.0354),
+    "siglip-base-256": _siglip("google/siglip-base-patch16-256", "base", 16, 256, 0.0468),
+    "siglip-base-256-i18n": _siglip(
         "google/siglip-base-patch16-256-multilingual", "base", 16, 256, 0.0468
     ),
-    "siglip-base-patch16-384": _siglip("google/siglip-base-patch16-384", "base", 16, 384, 0.112),
-    "siglip-base-patch16-512": _siglip("google/siglip-base-patch16-512", "base", 16, 512, 0.216),
-    "siglip-large-patch16-256": _siglip("google/siglip-large-patch16-256", "large", 16, 256, 0.163),
-    "siglip-large-patch16-384": _siglip("google/siglip-large-patch16-384", "large", 16, 384, 0.384),
-    "siglip-so400m-patch14-224": _siglip(
-        "google/siglip-so400m-patch14-224", "so400m", 14, 224, 0.22
-    ),
-    "siglip-so400m-patch14-384": _siglip(
-        "google/siglip-so400m-patch14-384", "so400m", 14, 384, 0.67
-    ),
-    "siglip-so400m-patch16-256-i18n": _siglip(
+    "siglip-base-384": _siglip("google/siglip-base-patch16-384", "base", 16, 384, 0.112),
+    "siglip-base-512": _siglip("google/siglip-base-patch16-512", "base", 16, 512, 0.216),
+    "siglip-large-256": _siglip("google/siglip-large-patch16-256", "large", 16, 256, 0.163),
+    "siglip-large-384": _siglip("google/siglip-large-patch16-384", "large", 16, 384, 0.384),
+    "siglip-so400m-224": _siglip("google/siglip-so400m-patch14-224", "so400m", 14, 224, 0.22),
+    "siglip-so400m-384": _siglip("google/siglip-so400m-patch14-384", "so400m", 14, 384, 0.67),
+    "siglip-so400m-256-i18n": _siglip(
         "google/siglip-so400m-patch16-256-i18n", "so400m", 16, 256, 0.22
     ),
-    "clip-vit-large-patch14": _clip("openai/clip-vit-large-patch14", 224, 0.162),
-    "clip-vit-large-patch14-336": _clip("openai/clip-vit-large-patch14-336", 336, 0.382),
+    "clip-large-224": _clip("openai/clip-vit-large-patch14", 224, 0.162),
+    "clip-large-336": _clip("openai/clip-vit-large-patch14-336", 336, 0.382),
     "dinov2-small": _dinov2("small", 224, 0.0122),
     "dinov2-base": _dinov2("base", 224, 0.0463),
     "dinov2-large": _dinov2("large", 224, 0.162),
     "dinov2-giant": _dinov2("giant", 224, 0.599),
     "dinov2-giant-378": _dinov2("giant", 378, 1.79, resolution=378),
-    "dinov2-with-registers-small": _dinov2("small", 224, 0.0125, registers=True),
-    "dinov2-with-registers-base": _dinov2("base", 224, 0.0471, registers=True),
-    "dinov2-with-registers-large": _dinov2("large", 224, 0.165, registers=True),
-    "dinov2-with-registers-giant": _dinov2("giant", 224, 0.608, registers=True),
+    "dinov2-small-registers": _dinov2("small", 224, 0.0125, registers=True),
+    "dinov2-base-registers": _dinov2("base", 224, 0.0471, registers=True),
+    "dinov2-large-registers": _dinov2("large", 224, 0.165, registers=True),
+    "dinov2-giant-registers": _dinov2("giant", 224, 0.608, registers=True),
     "dinov3-vits16": _dinov3("vits16", _vit(384, 1536, 12, 6), 0.0094),
     "dinov3-vits16plus": _dinov3("vits16plus", _vit(384, 1536, 12, 6), 0.0122, **GATED),
     "dinov3-vitb16": _dinov3("vitb16", _vit(768, 3072, 12, 12), 0.0359),
@@ -292,7 +275,7 @@ ENCODERS = {
     "dinov3-vit7b16": _dinov3(
         "vit7b16", _vit(4096, 8192, 40, 32), 2.73, **GATED, query_bias=False, value_bias=False
     ),
-    "clip-convnext-l": _clip_convnext(
+    "clip-convnext-large": _clip_convnext(
         "large",
         "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup",
         [192, 384, 768, 1536],
