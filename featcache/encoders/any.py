@@ -20,7 +20,6 @@ from featcache.encoders.tower import (
     RANDOM_SEED,
     Encoded,
     Tower,
-    auto_config,
     first_line,
     pair,
     quiet,
@@ -155,9 +154,9 @@ class AnyTower(Tower):
         )
 
     @classmethod
-    def read_config(cls, name: str, source: str) -> PreTrainedConfig:
+    def tower_config(cls, config: PreTrainedConfig) -> PreTrainedConfig:
         """The whole model's: which part is the tower shows when it is loaded."""
-        return auto_config(name, source)
+        return config
 
     @classmethod
     def read_processor(cls, name: str, source: str) -> Preprocessing:

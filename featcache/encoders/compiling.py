@@ -31,8 +31,8 @@ def _require_compiler(device: torch.device) -> None:
 
     try:
         torch.compile(double)(torch.ones(8, device=device))
-    # What torch's compiler raises where the C++ compiler or Triton is missing has no public type.
-    except Exception as error:
+    # What is raised where the C++ compiler or Triton is missing has no public type of its own.
+    except (RuntimeError, ImportError, OSError) as error:
         raise EncoderError(
             f"--compile needs a compiler that works on {device}, and none does: "
             f"{first_line(error)[:200]}; install one (g++ for a CPU, Triton for CUDA), or leave "

@@ -31,7 +31,6 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils.hub import extract_commit_hash
 
-from featcache.encoders.preprocessing import Preprocessing
 from featcache.encoders.tower import (
     RANDOM_SEED,
     Encoded,
@@ -204,14 +203,6 @@ class OpenClipConvNext(ConvNext):
         (r"\.gamma$", ".layer_scale_parameter"),
     )
     """timm's names of weights -> transformers'."""
-
-    @classmethod
-    def read_config(cls, name: str, source: str) -> PreTrainedConfig:
-        raise EncoderError(f"{name} is known by its registered name only")
-
-    @classmethod
-    def read_processor(cls, name: str, source: str) -> Preprocessing:
-        raise EncoderError(f"{name} is known by its registered name only")
 
     @classmethod
     def read_model(cls, name: str, source: str, config: PreTrainedConfig) -> PreTrainedModel:

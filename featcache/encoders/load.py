@@ -53,8 +53,9 @@ def load_encoder(
         called = family.processor_name
         preprocessing = Preprocessing.from_processor(processor, name, called=called)
     else:
-        family = family_of(auto_config(name, source).model_type)
-        config = family.read_config(name, source)
+        whole = auto_config(name, source)
+        family = family_of(whole.model_type)
+        config = family.tower_config(whole)
         preprocessing = family.read_processor(name, source)
     if entry is not None and entry.resolution is not None:
         preprocessing = preprocessing.at(entry.resolution)

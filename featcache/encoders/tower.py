@@ -257,9 +257,8 @@ class Tower:
     # ------------------------------------------------------------------------------------- loading
 
     @classmethod
-    def read_config(cls, name: str, source: str) -> PreTrainedConfig:
-        """The vision part's. Raises EncoderError."""
-        config = auto_config(name, source)
+    def tower_config(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The vision part of a checkpoint's config."""
         vision = getattr(config, "vision_config", config)
         vision._commit_hash = getattr(config, "_commit_hash", None)
         return vision
@@ -307,7 +306,8 @@ def auto_config(name: str, source: str) -> PreTrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        return AutoConfig.from_pretrained(source)
+        with quiet():
+            return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise unreadable(name, source, error) from None
 
@@ -331,8 +331,8 @@ def require_all_weights(source: str, missing: Sequence[Any]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within: transformers prints no load report, which lists the text tower's weights as
-    unexpected, and no bars; what matters of it is checked."""
+    """Within: transformers prints no bars, no doubts about the text tower's config, and no load
+    report, which lists that tower's weights as unexpected; what matters of it is checked."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -26,7 +26,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from featcache.encoders import Encoder, Pixels, load_encoder
 from featcache.errors import ConfigError, EncoderError
-from featcache.registry import ENCODERS, same_encoder
+from featcache.registry import ENCODERS
 
 
 def photographs(seed: int = 0) -> list[Image.Image]:
@@ -110,28 +110,11 @@ def flops(config: SiglipVisionConfig) -> float:
     return 2.0 * (patches * matrices + attention)
 
 
-def test_the_registry_tells_the_truth_about_so400m() -> None:
-    entry = ENCODERS["siglip2-so400m"]
-    config = SiglipVisionConfig(**entry.architecture)
-    assert (config.image_size // config.patch_size) ** 2 == entry.num_patches == 729
-    assert config.hidden_size == entry.width == 1152
-    assert entry.bytes_per_image == 1_679_616
-    with torch.device("meta"):
-        model = SiglipVisionModel(config)
-    assert sum(p.numel() for p in model.parameters()) == 428_225_600
-    assert flops(config) == pytest.approx(entry.tflop * 1e12, rel=0.02)
-
-
 def test_the_registry_tells_the_truth_about_the_shipped_encoder() -> None:
     entry, encoder = ENCODERS["tiny"], load_encoder("tiny")
     assert (entry.num_patches, entry.width) == (encoder.num_patches, encoder.width)
     assert encoder.preprocessing.size == (entry.pixels, entry.pixels)
     assert flops(encoder.config) == pytest.approx(entry.tflop * 1e12, rel=0.1)
-
-
-def test_a_registered_name_and_its_hub_id_are_one_encoder() -> None:
-    assert same_encoder("siglip2-so400m", "google/siglip2-so400m-patch14-384")
-    assert not same_encoder("siglip2-so400m", "tiny")
 
 
 @pytest.mark.parametrize(
