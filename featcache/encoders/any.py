@@ -6,14 +6,17 @@ Letters: B images, P patches, T tokens (patches and those before them), D encode
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
 
 from featcache.encoders.preprocessing import Preprocessing
 from featcache.encoders.tower import (
@@ -162,11 +165,20 @@ class AnyTower(Tower):
     def read_processor(cls, name: str, source: str) -> Preprocessing:
         """Raises EncoderError where ours does not make the processor's very pixels."""
         try:
-            processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-        except (OSError, ValueError, ImportError) as error:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        except (OSError, ValueError) as error:
             raise unreadable(name, source, error) from None
-        if not hasattr(processor, "do_resize"):
-            raise EncoderError(f"the image processor of {name} has no settings that are known here")
+        named = str(settings.get("image_processor_type") or settings.get("feature_extractor_type"))
+        of_pil = re.sub(
+            r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "ImageProcessorPil", named
+        )
+        processor_class = getattr(transformers, of_pil, None)
+        if processor_class is None:
+            raise EncoderError(
+                f"the image processor of {name}, {named}, has no form in transformers that works "
+                "without torchvision, so its pixels cannot be made here"
+            )
+        processor = processor_class.from_pretrained(source)
         preprocessing = Preprocessing.from_processor(processor, name)
         for height, width in ((37, 61), (700, 500)):
             image = _pattern(height, width)

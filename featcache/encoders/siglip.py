@@ -32,7 +32,7 @@ class Siglip(Tower):
 
     @property
     def pools(self) -> bool:
-        return bool(self.config.vision_use_head)
+        return bool(self.model.use_head)
 
 
 class SiglipNaflex(Tower):
@@ -46,7 +46,7 @@ class SiglipNaflex(Tower):
 
     @property
     def pools(self) -> bool:
-        return bool(self.config.vision_use_head)
+        return bool(self.model.use_head)
 
     @property
     def num_patches(self) -> int:

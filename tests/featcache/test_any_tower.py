@@ -211,3 +211,14 @@ def test_missing_weights_are_never_replaced_by_random_ones(tmp_path: Path) -> No
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(EncoderError, match=r"lacks 1 of the vision tower's weights.*layernorm"):
         load_encoder(str(tmp_path))
+
+
+def test_a_processor_that_needs_torchvision_is_named(tmp_path: Path) -> None:
+    save(ViTModel(ViTConfig(**SHAPE, **PIXELS)), tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"image_processor_type": "SamHQNoSuchImageProcessor"}))
+    with pytest.raises(
+        EncoderError, match="SamHQNoSuchImageProcessor, has no form in transformers"
+    ):
+        load_encoder(str(tmp_path))
