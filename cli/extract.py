@@ -56,7 +56,9 @@ SHOWN_REASONS = 5
 @click.option("--batch-size", default="auto", show_default=True, help="Images per forward.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(
-    "--shard-images", type=click.IntRange(1), help="Rows a shard [the store's; 128 if new]."
+    "--shard-images",
+    type=click.IntRange(1),
+    help="Rows a shard [the store's; if new 128, or 1 GB].",
 )
 @click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
 @click.option("--workers", type=click.IntRange(1), default=2, help="Decoding threads [2].")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from featcache import layout
-from featcache.codecs import Codec, get_codec
+from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.encode import ShardEncoder, calibrate
 from featcache.encoders import Encoder, load_encoder
 from featcache.errors import ConfigError, ManifestError, StoreError
@@ -50,6 +50,9 @@ from featcache.writer import write_error
 
 DEFAULT_BATCH_SIZE = {"cuda": 64, "cpu": 16}
 DEFAULT_SHARD_IMAGES = 128
+DEFAULT_SHARD_BYTES = 1 << 30
+"""Of a shard's features at the most, where nothing else is asked for: a ConvNeXt's are 106 MB an
+image, and shards are filled in memory."""
 PROBED_BATCHES = 16
 """Of at least so many batches, a few seconds are spent to tell how long all of them will take."""
 BOOKKEEPING_BYTES_PER_ROW = 1024
@@ -322,7 +325,7 @@ def _describe(
         layers=list(encoder.layers),
         num_patches=encoder.num_patches,
         width=encoder.width,
-        shard_images=options.shard_images or DEFAULT_SHARD_IMAGES,
+        shard_images=options.shard_images or default_shard_images(encoder, codec),
         pooled=encoder.tower.pools,
     )
     # Wherever a store was begun: what says how its features were made may be lost.
@@ -348,6 +351,13 @@ def _describe(
         "images": str(manifest.image_root.absolute()),
     }
     return info
+
+
+def default_shard_images(encoder: Encoder, codec: Codec) -> int:
+    """As many as `DEFAULT_SHARD_BYTES` hold, and no more than `DEFAULT_SHARD_IMAGES`."""
+    layer = LayerCodec(codec, encoder.num_patches, encoder.width)
+    image_bytes = layer.image_bytes * len(encoder.layers)
+    return max(1, min(DEFAULT_SHARD_IMAGES, DEFAULT_SHARD_BYTES // image_bytes))
 
 
 def prepare_store(
