@@ -245,6 +245,7 @@ def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> R
         )
     store = featcache.open(Path(features[0]))
     _check_encoder(config, store)
+    _require_one_length(store)
     layer = _layer(config, store)
     model, encoder = _build(config, store.num_patches, store.width)
     return Run(
@@ -457,6 +458,15 @@ def _check_encoder(config: RunConfig, store: Store) -> None:
         raise FingerprintMismatch(
             f"features.encoder={wanted}: {store.path} was extracted with {there}; extract with "
             f"--model {wanted}, or set features.encoder=null to train on it all the same"
+        )
+
+
+def _require_one_length(store: Store) -> None:
+    if store.info.varies:
+        raise ConfigError(
+            f"--features: {store.path} has another number of patches for each image (encoder "
+            f"{store.fingerprint['encoder']['name']}), and the connectors here take one number; "
+            "extract with an encoder of a fixed resolution"
         )
 
 

@@ -97,6 +97,13 @@ class StoreInfo:
     checksums: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def varies(self) -> bool:
+        """Whether each image has its own patch grid, up to P patches; the index then has `grids`,
+        and the features of an image end after its own patches."""
+        features = self.fingerprint.get("features", {})
+        return bool(features.get("lengths") == "per image")
+
     def attributes(self) -> dict[str, Any]:
         """The attribute "featcache", sealed by a checksum."""
         return with_checksum(asdict(self))
