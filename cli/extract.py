@@ -26,7 +26,7 @@ SHOWN_REASONS = 5
     multiple=True,
     type=Path,
     metavar="FILE",
-    help="LLaVA JSON, Cambrian JSONL, caption JSONL or a directory of images; may be repeated.",
+    help="JSON(L), YAML, tars, parquet or a folder: docs/inputs.md; may be a pattern, or repeated.",
 )
 @click.option("--images", type=Path, help="What image paths are relative to [the first file's].")
 @click.option("--out", required=True, type=Path, metavar="STORE", help="The store to make or add.")
@@ -50,6 +50,9 @@ SHOWN_REASONS = 5
     "--shard-images", type=click.IntRange(1), help="Rows a shard [the store's; 128 if new]."
 )
 @click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
+@click.option(
+    "--tiles", metavar="GRIDS", help="Also cut images into tiles, e.g. 1x2,2x1,2x2 (any-res)."
+)
 @click.option("--workers", type=click.IntRange(1), default=2, help="Decoding threads [2].")
 @click.option(
     "--executor",
@@ -80,6 +83,7 @@ def extract(
     device: str,
     shard_images: int | None,
     limit: int | None,
+    tiles: str | None,
     workers: int,
     executor: str,
     max_failures: float,
@@ -96,6 +100,9 @@ def extract(
             f"{batch_size!r} is neither 'auto' nor a whole number above 0",
             param_hint="--batch-size",
         )
+    from featcache.tiles import parse_grids
+
+    grids = parse_grids(tiles) if tiles is not None else ()
     console.say(f"loading {model}" + (" with RANDOM weights" if random_weights else ""))
     from featcache.extract import ExtractOptions
     from featcache.extract import extract as run
@@ -111,6 +118,7 @@ def extract(
         device=device,
         shard_images=shard_images,
         limit=limit,
+        tiles=grids,
         workers=workers,
         max_failures=max_failures,
         random_weights=random_weights,

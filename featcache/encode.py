@@ -38,10 +38,10 @@ from featcache.codecs import (
 )
 from featcache.encoders import Encoder
 from featcache.errors import ImageError
-from featcache.images import decode, digest
 from featcache.journal import Plan
 from featcache.layout import Status
 from featcache.sources import ImageRef, Sources
+from featcache.tiles import digest_of, open_view
 from featcache.writer import ShardBuffer, ShardSpec
 
 SHARDS_IN_MEMORY = 3
@@ -259,8 +259,8 @@ def load_pixels(encoder: Encoder, sources: Sources, row: int, expected: bytes) -
     size = (0, 0)
     pixels, status, detail = None, Status.OK, ""
     try:
-        data = _find(sources.refs(row), expected)
-        image, size = decode(data)
+        data, key = _find(sources.refs(row), expected)
+        image, size = open_view(data, key, encoder.preprocessing.size)
         pixels = encoder.preprocess(image)
     except ImageError as error:
         status, detail = Status[error.reason.upper()], error.detail
@@ -269,8 +269,8 @@ def load_pixels(encoder: Encoder, sources: Sources, row: int, expected: bytes) -
     return _Loaded(pixels, size, status, detail, time.perf_counter() - start)
 
 
-def _find(refs: Sequence[ImageRef], expected: bytes) -> bytes:
-    """The planned image's bytes, from the first place that holds them.
+def _find(refs: Sequence[ImageRef], expected: bytes) -> tuple[bytes, str]:
+    """The planned image's bytes, from the first place that holds them, and its key there.
 
     Raises ImageError where none does: "changed" if there is a file with other bytes, else as
     `ImageRef.read` of the first.
@@ -282,8 +282,8 @@ def _find(refs: Sequence[ImageRef], expected: bytes) -> bytes:
         except ImageError as error:
             errors.append(error)
             continue
-        if digest(data) == expected:
-            return data
+        if digest_of(data, ref.key) == expected:
+            return data, ref.key
         changed = f"{ref} changed after the scan; extract again"
         errors.insert(0, ImageError("changed", changed))
     raise errors[0]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,7 @@ from featcache.planning import plan_extraction
 from featcache.probe import Speed, probe_speed
 from featcache.sources import ImageRef, Sources
 from featcache.store import blank_spec, shard_spec
+from featcache.tiles import Grid, Tiling, tiles_of_all
 from featcache.writer import write_error
 
 DEFAULT_BATCH_SIZE = {"cuda": 64, "cpu": 16}
@@ -63,7 +65,8 @@ class ExtractOptions:
     model: registered name, hub id or folder. data, image_root: see `read_manifest`.
     layers: stored outputs, see `Encoder`. batch_size: images per forward; None chooses by device.
     shard_images: rows a shard; None takes the store's, 128 for a new one. workers: decoding
-    threads. limit: only the first images.
+    threads. limit: only the first images. tiles: grids that images are cut into besides
+    (featcache/tiles.py); none where empty.
     max_failures: ratio of images without features above which the result is not ok.
     force: begin although the disk seems too small.
     """
@@ -79,6 +82,7 @@ class ExtractOptions:
     shard_images: int | None = None
     workers: int = 2
     limit: int | None = None
+    tiles: tuple[Grid, ...] = ()
     max_failures: float = 0.01
     random_weights: bool = False
     dry_run: bool = False
@@ -89,7 +93,8 @@ class ExtractOptions:
 class Preflight:
     """What an extraction is about to take.
 
-    images: to encode; nbytes: that it adds; free_bytes: where the store is or will be.
+    images: to encode, tiles included; nbytes: that it adds; free_bytes: where the store is or
+    will be.
     speed: of a few images, None where there are too few to tell or none can be read.
     """
 
@@ -126,8 +131,9 @@ class ExtractProgress:
 class ExtractResult:
     """What an extraction came to.
 
-    images: distinct image keys of the data; features: those with features (in a dry run, those
-    whose file can be read); new: images encoded by this run; failures: {reason: count};
+    images: distinct image keys of the data; features: those with features, of all their tiles too
+    (in a dry run, those whose file can be read); new: images and tiles encoded by this run;
+    failures: {reason: count};
     first_failure: of the first image in the data's order that has none;
     skipped: {reason: (count, the first one's file and line)} of records that cannot be used;
     preflight: what was expected before the first image.
@@ -191,7 +197,8 @@ def _update(
 ) -> ExtractResult:
     """Plan, encode and commit into a locked store; in a dry run only plan. Raises as `extract`."""
     out, root = options.out, str(manifest.image_root.absolute())
-    info = _describe(encoder, codec, options, manifest)
+    tiling = Tiling(options.tiles, encoder.preprocessing.size) if options.tiles else None
+    info = _describe(encoder, tiling, codec, options, manifest)
     journal = Journal.load(out, info.generation)
     on_progress(ExtractProgress("scan", 0, len(keys)))
     plan = plan_extraction(
@@ -202,6 +209,7 @@ def _update(
         options.batch_size or DEFAULT_BATCH_SIZE[encoder.device.type],
         options.workers,
         lambda done: on_progress(ExtractProgress("scan", done, len(keys))),
+        tiling,
     )
     plans, pending = list(journal.plans), list(journal.pending)
     if plan:
@@ -246,8 +254,7 @@ def _update(
             compile_index(out, info, Journal.load(out))
         remove_old(out, info)
         index = Index.load(out, info)
-        rows = zip(keys, index.find(keys).tolist(), strict=True)
-        lost = [index.failures[key] for key, row in rows if row < 0]
+        lost = _without_features(index, keys, tiling)
     failures = Counter(failure.reason for failure in lost)
     skipped = Counter(record.reason for record in manifest.skipped)
     first = {record.reason: record.origin for record in reversed(manifest.skipped)}
@@ -265,6 +272,21 @@ def _update(
         peak_gpu_bytes=_peak_gpu_bytes(encoder),
         ok=len(lost) <= options.max_failures * len(keys) and not failures[Status.OVERFLOW.reason],
     )
+
+
+def _without_features(index: Index, keys: Sequence[str], tiling: Tiling | None) -> list[Failure]:
+    """Why images have no features: one for each that lacks its own or those of a tile."""
+    rows = index.find(keys)
+    if tiling is None:
+        return [index.failures[keys[i]] for i in np.flatnonzero(rows < 0).tolist()]
+    there = np.flatnonzero(rows >= 0).tolist()
+    sizes = index.sizes[rows[there]].tolist()
+    tiles, counts = tiles_of_all(tiling, [keys[i] for i in there], sizes)
+    image_of_tile = np.repeat(there, counts)
+    lost = {i: keys[i] for i in np.flatnonzero(rows < 0).tolist()}
+    for at in np.flatnonzero(index.find(tiles) < 0).tolist():
+        lost.setdefault(int(image_of_tile[at]), tiles[at])
+    return [index.failures[lost[i]] for i in sorted(lost)]
 
 
 def _mend(
@@ -305,14 +327,18 @@ def _require_ours(out: Path) -> None:
 
 
 def _describe(
-    encoder: Encoder, codec: Codec, options: ExtractOptions, manifest: Manifest
+    encoder: Encoder,
+    tiling: Tiling | None,
+    codec: Codec,
+    options: ExtractOptions,
+    manifest: Manifest,
 ) -> StoreInfo:
     """The description of the store to be: that of the one there, where it is of the same making.
 
     Raises StoreError, FingerprintMismatch, ConfigError.
     """
     info = StoreInfo(
-        fingerprint=fingerprint(encoder),
+        fingerprint=fingerprint(encoder, tiling),
         codec=codec.name,
         layers=list(encoder.layers),
         num_patches=encoder.num_patches,

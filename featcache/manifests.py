@@ -20,6 +20,7 @@ from featcache.listing import list_elements
 from featcache.mixtures import Sampling, read_mixture
 from featcache.patterns import expand, fixed_folder
 from featcache.saved_datasets import splits_of
+from featcache.tiles import is_tile
 
 IMAGE_TOKEN = "<image>"
 NO_IMAGE = frozenset(("", "None", "none", "nan"))
@@ -208,6 +209,8 @@ def _key(name: str, root: Path) -> str:
     key = posixpath.normpath(path)
     if key == ".." or key.startswith("../") or posixpath.isabs(key):
         raise _UnusableError(f"the image path {name!r} leaves the image root {root}")
+    if is_tile(key):
+        raise _UnusableError(f"the image path {name!r} ends like the key of a tile; rename it")
     if "\0" in key or not _is_utf8(key):
         raise _UnusableError(f"the image path {name!r} holds a character that is no text")
     return key

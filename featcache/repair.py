@@ -32,6 +32,7 @@ from featcache.mend import ShardMender
 from featcache.planning import RETRIED
 from featcache.sources import Sources
 from featcache.store import codecs_before, form_of, shard_spec
+from featcache.tiles import Tiling
 from featcache.verify import (
     RECOMPILE,
     Inspection,
@@ -244,7 +245,7 @@ class _ShardRepair:
                 encoder = encoder_of(self._info, self._model)
                 require_same(
                     self._info.fingerprint,
-                    fingerprint(encoder),
+                    fingerprint(encoder, Tiling.of(self._info.fingerprint)),
                     left_name=str(self._root),
                     right_name="the encoder as it is here",
                     cure="name the right one with --model",
