@@ -145,13 +145,13 @@ class Store:
         if self.tiling is None:
             raise ConfigError(f"{self.path} holds whole images only; extract with --tiles")
         rows = self.rows(keys)
-        there = np.flatnonzero(rows >= 0)
+        there = np.flatnonzero(rows >= 0).tolist()
         sizes = self.sizes[rows[there]].tolist()
         names, counts = tiles_of_all(self.tiling, [keys[i] for i in there], sizes)
         own = self.rows(names)
         found: list[Tiles | None] = [None] * len(keys)
         start = 0
-        for i, size, count in zip(there.tolist(), sizes, counts, strict=True):
+        for i, size, count in zip(there, sizes, counts, strict=True):
             found[i] = Tiles(self.tiling.grid_of(size), own[start : start + count])
             start += count
         return found
