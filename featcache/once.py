@@ -19,12 +19,12 @@ _all: weakref.WeakSet[OnceCache] = weakref.WeakSet()
 class OnceCache(Generic[K, V]):
     """The most recently used values. Safe for threads; a forked child begins with none.
 
-    budget_bytes: what all values together may take; the latest is kept whatever it takes.
-    size: bytes of a value.
+    budget_bytes: what all values together may take. size: bytes of a value. least: so many of the
+    latest are kept whatever they take.
     """
 
-    def __init__(self, budget_bytes: int, size: Callable[[V], int]) -> None:
-        self._budget, self._size = budget_bytes, size
+    def __init__(self, budget_bytes: int, size: Callable[[V], int], least: int = 1) -> None:
+        self._budget, self._size, self._least = budget_bytes, size, least
         self.clear()
         _all.add(self)
 
@@ -61,7 +61,7 @@ class OnceCache(Generic[K, V]):
             done = {key: each for key, each in self._futures.items() if each.done()}
             taken = {key: self._size(each.result()) for key, each in done.items()}
             total = sum(taken.values())
-            for key in list(taken)[:-1]:
+            for key in list(taken)[: -self._least]:
                 if total <= self._budget:
                     break
                 total -= taken[key]

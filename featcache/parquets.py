@@ -1,7 +1,7 @@
 """Images inside of parquet files, read in place.
 
 Parquet is read by row group: the image column of the latest ones is kept, `ROW_GROUPS_BYTES` in all
-or one of any size. Rows in the order of the file, as extraction asks for them, read each row group
+or two of any size. Rows in the order of the file, as extraction asks for them, read each row group
 once; a row group of many gigabytes takes as much memory.
 """
 
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAGIC = b"PAR1"
-ROW_GROUPS_BYTES = 512 << 20
-"""Of row groups that one process keeps."""
+ROW_GROUPS_BYTES = 128 << 20
+"""Of row groups that one process keeps, or two of any size: at the border between two, threads are
+in both."""
 BATCH_ROWS = 64
 """Images that are decoded into one Arrow array, so that none comes near Arrow's 2 GiB."""
 
@@ -174,5 +175,5 @@ def _nbytes(group: tuple[list[pa.Array], list[int]]) -> int:
 
 _numbers = itertools.count()
 _row_groups: OnceCache[tuple[int, int], tuple[list[Any], list[int]]] = OnceCache(
-    ROW_GROUPS_BYTES, _nbytes
+    ROW_GROUPS_BYTES, _nbytes, least=2
 )

@@ -41,8 +41,8 @@ def sizes() -> Iterator[tuple[int, int]]:
     yield from [(1, 1), (1, 5000), (5000, 1), (336, 336), (672, 336), (336, 672), (640, 480)]
     yield from [(1920, 1080), (1080, 1920), (10_000, 3), (337, 335), (2016, 2016), (100, 1000)]
     chance = np.random.default_rng(0)
-    for width, height in np.exp(chance.uniform(0, math.log(6000), (3000, 2))).astype(int).tolist():
-        yield width, height
+    for size in np.exp(chance.uniform(0, math.log(6000), (3000, 2))).astype(int).tolist():
+        yield tuple(size)
 
 
 @pytest.mark.parametrize("grids", [LLAVA_16, ONE_VISION, parse_grids("1x1")])
