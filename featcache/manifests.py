@@ -93,7 +93,8 @@ def read_manifest(files: Sequence[Path | str], image_root: Path | str | None = N
     found = [
         (file, sampling)
         for path in paths
-        for named, sampling in _mixture(path)
+        for listed in expand(path)
+        for named, sampling in _mixture(listed)
         for file in expand(named)
     ]
     for file, _ in found:

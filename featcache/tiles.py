@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import xxhash
 from PIL import Image
 
 from featcache.errors import ConfigError, ImageError
@@ -167,7 +168,8 @@ def open_view(data: bytes, key: str, view: tuple[int, int]) -> tuple[Image.Image
     if grid is None:
         return decode(data)
     height, width = view
-    canvas, size = _canvases.get((digest(data), grid, view), lambda: _fitted(data, grid, view))
+    image = xxhash.xxh3_128_digest(data)
+    canvas, size = _canvases.get((image, grid, view), lambda: _fitted(data, grid, view))
     row, column = divmod(number, grid[0])
     left, top = column * width, row * height
     return canvas.crop((left, top, left + width, top + height)), size
