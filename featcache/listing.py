@@ -8,13 +8,13 @@ beside them (img2dataset's `files` format); or parquet files with a column of im
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from featcache.containers import kind_of, open_dataset, open_parquet, tar_members
 from featcache.entries import Element, Unusable, text_entries
-from featcache.errors import ImageError, ManifestError
+from featcache.errors import DamagedFileError, ImageError, ManifestError
 from featcache.images import read_bytes
 from featcache.parquets import failed_downloads
 from featcache.samples import (
@@ -27,6 +27,8 @@ from featcache.samples import (
 )
 from featcache.saved_datasets import splits_of
 from featcache.tars import COMPRESSED_SUFFIXES, Member, refuse_compressed
+
+T = TypeVar("T")
 
 
 def list_elements(path: Path, root: Path) -> Iterator[tuple[str, Any]]:
@@ -106,27 +108,39 @@ def _folder(path: Path, root: Path) -> Iterator[tuple[str, Element]]:
     if compressed and not images:
         refuse_compressed(path / compressed[0])
     parquets = [path / name for name in found if name.endswith(".parquet")]
-    for name in tars:
-        yield from _tar(path / name, root)
+    yield from _each([path / name for name in tars], lambda file: _tar(file, root))
     base = _key_of(path, root)
     for name in images:
         yield _image(path, name, name if base == "." else f"{base}/{name}", found)
     if images or tars:
         for file in parquets:
-            if f"{file.with_suffix('').relative_to(path).as_posix()}.tar" in found or (
-                file.with_suffix("").is_dir()
-            ):
+            # img2dataset's metadata of a shard lie beside it, be it a tar or a folder.
+            if file.with_suffix(".tar").is_file() or file.with_suffix("").is_dir():
                 for row, why in failed_downloads(file):
                     yield f"{file.name}[{row}]", Unusable(why)
         return
-    with_images = [file for file in parquets if open_parquet(file).columns is not None]
+    with_images = list(_each(parquets, lambda file: [file] * bool(open_parquet(file).columns)))
     if not with_images:
         raise ManifestError(
             f"{path} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}), no tars and no "
             "parquet files with a column of images"
         )
-    for file in with_images:
-        yield from _parquet(file, root)
+    yield from _each(with_images, lambda file: _parquet(file, root))
+
+
+def _each(files: Iterable[Path], read: Callable[[Path], Iterable[T]]) -> Iterator[T]:
+    """What is read of all files that are whole. Raises DamagedFileError that names all others, at
+    the end."""
+    damaged: list[DamagedFileError] = []
+    for file in files:
+        if not file.is_file():  # a pipe would be waited for
+            raise ManifestError(f"{file} is no regular file, or a link that leads nowhere")
+        try:
+            yield from read(file)
+        except DamagedFileError as error:
+            damaged.append(error)
+    if damaged:
+        raise DamagedFileError("; ".join(map(str, damaged)))
 
 
 def _image(path: Path, name: str, key: str, found: dict[str, None]) -> tuple[str, Element]:

@@ -46,12 +46,17 @@ class SavedDataset:
             import datasets
         except ImportError:
             raise needs_data_extra(f"reading the dataset {path}", "datasets") from None
+        shown = not datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()  # it shows one where there are more than 16 files
         try:
             dataset = datasets.load_from_disk(str(path))
         # Its readers raise what they run into, from KeyError to pyarrow's own.
         except Exception as error:
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise DamagedFileError(f"{path} is a damaged dataset: {why}; save it again") from None
+        finally:
+            if shown:
+                datasets.enable_progress_bars()
         self.columns = find_columns(dataset.data.schema, str(path))
         self._rows = dataset.with_format("arrow")
 

@@ -114,12 +114,24 @@ def test_all_damaged_tars_are_named_at_once(tmp_path: Path) -> None:
         path = write_tar(tmp_path / f"{i}.tar", [("1.jpg", bytes(3000)), ("2.jpg", bytes(3000))])
         if i % 2:
             path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ManifestError) as caught:
-        read_manifest([tmp_path / "*.tar"])
-    told = str(caught.value)
-    assert "1.tar is damaged or cut short after 2.jpg" in told
-    assert "3.tar is damaged or cut short after 2.jpg" in told
-    assert "0.tar" not in told
+    for data in (tmp_path / "*.tar", tmp_path):
+        with pytest.raises(ManifestError) as caught:
+            read_manifest([data])
+        told = str(caught.value)
+        assert "1.tar is damaged or cut short after 2.jpg" in told
+        assert "3.tar is damaged or cut short after 2.jpg" in told
+        assert "0.tar" not in told
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+def test_what_is_no_file_is_told(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ManifestError, match="is no regular file, or a link that leads nowhere"):
+        read_manifest([tmp_path])
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(ManifestError, match="is no regular file, or a link that leads nowhere"):
+        read_manifest([tmp_path])
 
 
 def test_compressed_files_are_refused(tmp_path: Path) -> None:
@@ -291,6 +303,18 @@ def test_a_saved_dataset_and_its_splits(tmp_path: Path, images_dir: Path) -> Non
     assert found == [(images_dir / NAMES[i]).read_bytes() for i in (3, 2)]
 
 
+def test_a_damaged_dataset(tmp_path: Path, images_dir: Path) -> None:
+    table = pa.table({"image": hf_images(images_dir, NAMES)})
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    (data,) = (tmp_path / "saved").glob("*.arrow")
+    data.write_bytes(data.read_bytes()[:-2000])
+    with pytest.raises(ManifestError, match=r"saved is a damaged dataset: .*save it again"):
+        read_manifest([tmp_path / "saved"])
+    data.unlink()
+    with pytest.raises(ManifestError, match=r"saved is a damaged dataset: .*save it again"):
+        read_manifest([tmp_path / "saved"])
+
+
 # --------------------------------------------------------------------------- mixtures
 
 
@@ -397,6 +421,15 @@ def as_tar(folder: Path, images: Path) -> Path:
     return write_tar(folder / "a.tar", samples(images, NAMES))
 
 
+def as_pattern(folder: Path, images: Path) -> Path:
+    return as_img2dataset(folder, images) / "{00000..00001}.tar"
+
+
+def as_mixture(folder: Path, images: Path) -> Path:
+    as_img2dataset(folder, images)
+    return mixture(folder, "datasets: [{json_path: 'out/{00000..00001}.tar'}]")
+
+
 def as_parquet(folder: Path, images: Path) -> Path:
     columns = {"image": hf_images(images, NAMES), "caption": [f"image {i}" for i in range(10)]}
     return write_parquet(folder / "a.parquet", columns)
@@ -429,7 +462,9 @@ def options(encoder_dir: Path, images_dir: Path, tmp_path: Path) -> ExtractOptio
     )
 
 
-@pytest.mark.parametrize("write", [as_tar, as_parquet, as_dataset, as_img2dataset])
+@pytest.mark.parametrize(
+    "write", [as_tar, as_pattern, as_mixture, as_parquet, as_dataset, as_img2dataset]
+)
 def test_the_same_bytes_from_every_kind_of_input(
     write: Write, options: ExtractOptions, images_dir: Path, tmp_path: Path
 ) -> None:
