@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from featcache.encoders import Encoder, Preprocessing
-    from featcache.tiles import Tiling
 
 HARMLESS = ("versions", "encoder.name", "encoder.revision")
 """Fields whose difference alone does not make features differ by more than rounding: library
@@ -39,10 +38,9 @@ PROBE_FILES = (
 """Below assets/probe, where make.py says what each is for."""
 
 
-def fingerprint(encoder: Encoder, tiling: Tiling | None = None) -> dict[str, Any]:
+def fingerprint(encoder: Encoder) -> dict[str, Any]:
     """Everything that decides the value of a stored feature before the storage codec.
 
-    tiling: of the store's images, where they are tiled.
     Plain JSON values, equal after a round trip. docs/format.md explains each field.
     """
     return {
@@ -72,7 +70,6 @@ def fingerprint(encoder: Encoder, tiling: Tiling | None = None) -> dict[str, Any
             "device": encoder.device.type,
             "attention": encoder.config._attn_implementation,
         },
-        **({"tiles": tiling.describe()} if tiling else {}),
         "versions": versions(),
     }
 

@@ -26,7 +26,8 @@ from featcache.journal import key_of
 from featcache.layout import Status
 from featcache.repair import encoder_of, sources_of
 from featcache.store import Store, codecs_before
-from featcache.tiles import Tiling
+from featcache.tasks import PlannedImage
+from featcache.tiles import Tiling, with_tiles
 
 COMPUTE_NOISE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Relative L2 error between two correct passes: other batch, other threads, other kernels."""
@@ -91,7 +92,7 @@ def compare_live(
     plans = store.plans
     encoder = encoder_of(store.info, model, device)
     stated = store.info.fingerprint
-    ours = fingerprint(encoder, Tiling.of(stated))
+    ours = with_tiles(fingerprint(encoder), Tiling.of(stated))
     require_same(
         {**stated, "compute": None},  # another device gives the same but for noise
         {**ours, "compute": None},
@@ -113,7 +114,8 @@ def compare_live(
     compared = 0
     for row in rows.tolist():
         where = f"row {row} ({key_of(plans, row)})"
-        loaded = load_pixels(encoder, sources, row, store.index.digests[row].tobytes())
+        image = PlannedImage(store.index.digests[row].tobytes(), *sources.refs(row))
+        loaded = load_pixels(encoder, image)
         if loaded.pixels is None:
             not_compared.append(f"{where}: {loaded.status.reason}: {loaded.detail}")
             continue

@@ -59,6 +59,19 @@ class Tiling:
     view: tuple[int, int]
 
     @classmethod
+    def for_encoder(cls, grids: tuple[Grid, ...], fingerprint: Mapping[str, Any]) -> Self | None:
+        """Of these grids, for an encoder by its fingerprint; None for no grids. Raises ConfigError
+        where the encoder takes images of any size."""
+        if not grids:
+            return None
+        pixels = fingerprint["preprocessing"]
+        if not {"height", "width"} <= set(pixels):
+            raise ConfigError(
+                f"--tiles: {fingerprint['encoder']['name']} has no fixed input size to cut tiles of"
+            )
+        return cls(grids, (pixels["height"], pixels["width"]))
+
+    @classmethod
     def of(cls, fingerprint: Mapping[str, Any]) -> Self | None:
         """That of a store by its fingerprint; None where images are not tiled."""
         stated = fingerprint.get("tiles")
@@ -96,6 +109,11 @@ class Tiling:
             return self.keys_of(key, header_size(data))
         except ImageError:
             return []
+
+
+def with_tiles(fingerprint: Mapping[str, Any], tiling: Tiling | None) -> dict[str, Any]:
+    """An encoder's fingerprint as that of a store whose images are cut like that."""
+    return {**fingerprint, **({"tiles": tiling.describe()} if tiling else {})}
 
 
 def parse_grids(text: str) -> tuple[Grid, ...]:

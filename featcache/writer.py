@@ -184,13 +184,15 @@ class ShardBuffer:
         return checksum.intdigest() == checksums.get("pooled") and bool(pooled.isfinite().all())
 
     def publish(self, root: Path) -> Commit:
-        """Write the shard's files, then its commit record.
+        """Write the shard's files, then its commit record, unless the shard is there by now.
 
         Raises StoreError when the disk is full or the store cannot be written; what was
         committed before stays valid.
         """
         start = time.perf_counter()
         try:
+            if (there := Commit.load(root, self.shard)) is not None:
+                return there  # another worker was quicker; its record must not go for a moment
             # A record left from before, whose files were damaged, must not vouch for the new ones.
             record = root / layout.commit_path(self.shard)
             if record.exists():

@@ -526,6 +526,7 @@ def test_a_row_of_the_wrong_tar_is_never_used(
     from featcache.encoders import load_encoder
     from featcache.layout import Status
     from featcache.repair import sources_of
+    from featcache.tasks import PlannedImage
 
     tar = as_tar(tmp_path, images_dir)
     inside = replace(options, data=(tar,))
@@ -534,8 +535,8 @@ def test_a_row_of_the_wrong_tar_is_never_used(
     store = featcache.open(inside.out)
     sources = sources_of(store.info, store.plans, None)
     encoder = load_encoder(options.model, layers=("-2",))
-    digest = store.index.digests[0].tobytes()
-    assert load_pixels(encoder, sources, 0, digest).status == Status.OK  # found by its name
+    image = PlannedImage(store.index.digests[0].tobytes(), *sources.refs(0, 1))
+    assert load_pixels(encoder, image).status == Status.OK  # found by its name
     write_tar(tar, [(name, b"other") for name in NAMES])
-    assert load_pixels(encoder, sources, 0, digest).status == Status.CHANGED
+    assert load_pixels(encoder, image).status == Status.CHANGED
     assert torch.isfinite(store.reader().read(np.arange(3)).float()).all()

@@ -226,6 +226,17 @@ def test_whole_images_are_the_same_with_and_without_tiles(
         featcache.open(plain.out).tiles(keys)
 
 
+def test_two_processes_tile_a_tar_to_the_same_bytes(
+    options: ExtractOptions, images_dir: Path, tmp_path: Path
+) -> None:
+    names = read_manifest([images_dir]).image_keys()
+    tar = write_tar(tmp_path / "a.tar", samples(images_dir, names))
+    extract(options)
+    both = replace(options, data=(tar,), out=tmp_path / "both.zarr", workers=2)
+    assert extract(both).ok
+    assert feature_files(both.out) == feature_files(options.out)
+
+
 def test_other_tiles_are_refused(options: ExtractOptions) -> None:
     extract(options)
     for other in ((), parse_grids("2x2"), options.tiles[::-1]):
