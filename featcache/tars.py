@@ -54,7 +54,8 @@ def walk(path: Path) -> Iterator[Member]:
     Raises DamagedFileError where the file is damaged, ends too early or is no tar.
     """
     with path.open("rb", buffering=4 * BLOCK) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # only headers are wanted
+        if hasattr(os, "posix_fadvise"):  # only headers are wanted
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         names: set[str] = set()
         last, end = "its beginning", 0
         try:
@@ -90,8 +91,8 @@ def _member(member: tarfile.TarInfo, names: set[str]) -> Member:
     problem = ""
     if ".." in name.split("/") or "\0" in name:
         problem = "its name leads out of the tar"
-    elif not member.isreg():
-        problem = "it is a link or a special file inside of the tar"
+    elif not member.isreg() or member.issparse():
+        problem = "it is a link, a special or a sparse file inside of the tar"
     elif name in names:
         problem = "another member of this name comes before it"
     return Member(name, member.offset_data, member.size, problem)
@@ -122,10 +123,10 @@ class TarTable:
     def __init__(self, members: list[Member]) -> None:
         good = [member for member in members if not member.problem]
         hashes = np.fromiter((_hash(member.name) for member in good), np.uint64, len(good))
-        self._order = np.argsort(hashes, kind="stable")
+        order = np.argsort(hashes, kind="stable")
         places = np.array([(member.offset, member.size) for member in good], np.int64)
-        self._hashes = hashes[self._order]
-        self._places = places.reshape(-1, 2)[self._order]
+        self._hashes = hashes[order]
+        self._places = places.reshape(-1, 2)[order]
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tarfile
 import threading
 from collections.abc import Callable
@@ -119,10 +120,21 @@ def test_members_that_are_no_files_or_lead_out(tmp_path: Path) -> None:
         tar.addfile(tarfile.TarInfo("4.jpg"))
     assert [(each.name, each.problem) for each in walk(tmp_path / "a.tar")] == [
         ("../1.jpg", "its name leads out of the tar"),
-        ("2.jpg", "it is a link or a special file inside of the tar"),
+        ("2.jpg", "it is a link, a special or a sparse file inside of the tar"),
         ("4.jpg", ""),
         ("4.jpg", "another member of this name comes before it"),
     ]
+
+
+def test_a_sparse_member_is_not_read_as_it_lies(tmp_path: Path) -> None:
+    with (tmp_path / "1.jpg").open("wb") as file:
+        file.truncate(1 << 20)
+        file.write(b"x")
+    command = ["tar", "--sparse", "-cf", "a.tar", "1.jpg"]
+    if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("no GNU tar")
+    (member,) = walk(tmp_path / "a.tar")
+    assert "sparse" in member.problem
 
 
 def test_a_tar_that_changes_is_read_anew(tmp_path: Path) -> None:

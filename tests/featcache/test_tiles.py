@@ -19,6 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 import featcache
 from featcache import tiles
+from featcache.convert import convert
 from featcache.encoders import load_encoder
 from featcache.errors import ConfigError, FingerprintMismatch, ManifestError
 from featcache.extract import ExtractOptions, extract
@@ -272,6 +273,17 @@ def test_repair_live_and_gc_know_tiles_by_their_keys(
     assert feature_files(options.out) == before
     live = compare_live(options.out, 1000)
     assert (live.compared, live.wrong) == (featcache.open(options.out).num_rows, ())
+
+
+def test_a_converted_store_knows_its_tiles(options: ExtractOptions, tmp_path: Path) -> None:
+    extract(options)
+    convert(options.out, tmp_path / "store.h5")
+    keys = [f"{i:04d}.png" for i in range(10)]
+    before = featcache.open(options.out).tiles(keys)
+    for ours, theirs in zip(featcache.open(tmp_path / "store.h5").tiles(keys), before, strict=True):
+        assert ours and theirs
+        assert ours.grid == theirs.grid
+        np.testing.assert_array_equal(ours.rows, theirs.rows)
 
 
 def test_an_image_of_another_aspect_gets_other_tiles(
