@@ -26,7 +26,8 @@ from align.run import RunFolder
 from align.tracking import read_metrics
 from featcache.errors import ConfigError, ImageError, StoreError
 from featcache.files import publish
-from featcache.images import load_image
+from featcache.images import decode
+from featcache.sources import ImageRef
 
 SHOWN_CAPTIONS = 12  # of the best, and as many of the worst
 SHOWN_STEPS = 12  # sample captions: at most so many steps, the first and the last among them
@@ -287,7 +288,7 @@ def _card(row: dict[str, Any], shuffled: str | None, image_root: Path) -> Card:
     reference, generated = compare_words(row["reference"], row["generated"])
     return Card(
         id=row["id"],
-        images=[_data_uri(image_root / key) for key in row["images"]],
+        images=[_data_uri(ImageRef(str(image_root), key)) for key in row["images"]],
         reference=reference,
         generated=generated,
         shuffled=shuffled,
@@ -325,10 +326,10 @@ def compare_words(reference: str, generated: str) -> tuple[list[Word], list[Word
     )
 
 
-def _data_uri(path: Path) -> str:
+def _data_uri(ref: ImageRef) -> str:
     """The image as a data URI, at most IMAGE_PIXELS a side; "" where the file is gone."""
     try:
-        image = load_image(path)
+        image = decode(ref.read())[0]
     except ImageError:
         return ""
     image.thumbnail((IMAGE_PIXELS, IMAGE_PIXELS))
@@ -427,7 +428,7 @@ def _stories(log: Sequence[dict[str, Any]], image_root: Path) -> list[Story]:
                 position,
                 Story(
                     sample["id"],
-                    [_data_uri(image_root / key) for key in sample["keys"]],
+                    [_data_uri(ImageRef(str(image_root), key)) for key in sample["keys"]],
                     sample["reference"],
                     [],
                 ),
