@@ -15,6 +15,7 @@ from benchmarks import (
     bench_reader,
     bench_sampling,
     bench_write,
+    plan_scale,
 )
 from benchmarks.bench_open import write_index
 from featcache.codecs import CODECS
@@ -87,3 +88,19 @@ def test_bench_reader(tmp_path: Path) -> None:
     assert by_name["joined", "read from both", None]["p50"] > 0
     memory = by_name["featcache", "reader RssAnon", 1000]
     assert memory["p50"] < memory["config"]["allowed_mb"]
+
+
+def test_the_tables_of_docs_scale_are_what_the_formulas_give() -> None:
+    page = plan_scale.PAGE.read_text()
+    shown = page.split(plan_scale.BEGIN)[1].split(plan_scale.END)[0]
+    assert shown == f"\n\n{plan_scale.markdown()}\n\n", "python benchmarks/plan_scale.py --write"
+
+
+def test_writing_the_tables_leaves_the_rest_of_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{plan_scale.BEGIN}\nold\n{plan_scale.END}\nafter\n")
+    plan_scale.write(page)
+    tables = plan_scale.markdown()
+    assert page.read_text() == (
+        f"before\n{plan_scale.BEGIN}\n\n{tables}\n\n{plan_scale.END}\nafter\n"
+    )
