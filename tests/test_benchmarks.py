@@ -10,6 +10,7 @@ from align.demo.run import QUICK
 from benchmarks import (
     bench_codec_loss,
     bench_codecs,
+    bench_decode,
     bench_open,
     bench_page_cache,
     bench_reader,
@@ -88,6 +89,14 @@ def test_bench_reader(tmp_path: Path) -> None:
     assert by_name["joined", "read from both", None]["p50"] > 0
     memory = by_name["featcache", "reader RssAnon", 1000]
     assert memory["p50"] < memory["config"]["allowed_mb"]
+
+
+def test_bench_decode() -> None:
+    counted = bench_decode.compare(2)
+    assert {row["metric"] for row in counted if row["x"].startswith("4:2:0")} == {"equal"}
+    rows = bench_decode.measure(((40, 30),), rounds=1, seconds=0.0)
+    assert len(rows) == 2 * 2 * (5 + 4)  # wall and CPU, one and two threads; arrays stay as large
+    assert all(row["p50"] > 0 for row in rows)
 
 
 def test_the_tables_of_docs_scale_are_what_the_formulas_give() -> None:

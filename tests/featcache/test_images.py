@@ -13,12 +13,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from featcache import jpeg
 from featcache.errors import ImageError
 from featcache.images import FORMATS, MAX_FILE_BYTES, decode, digest, load_image, read_bytes
 from tests.support_images import EPS, IPTC, encoded, many_samples_tiff, warned_about
 
+pytestmark = pytest.mark.usefixtures("decoder")
+
 RGB = np.random.default_rng(0).integers(0, 256, (21, 33, 3), dtype=np.uint8)
 GREY16 = np.array([[0, 257, 32768, 65535]], np.uint16)
+
+
+@pytest.fixture(params=["Pillow", "fast"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with and without the extra `[fast]`."""
+    if request.param == "Pillow":
+        monkeypatch.setattr(jpeg, "installed", lambda: False)
+    else:
+        assert jpeg.installed()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
