@@ -99,11 +99,7 @@ def decode(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
     try:
         with _without_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             size = image.size
-            if image.format in JPEGS and jpeg.installed():
-                decoded = jpeg.load_jpeg(image, data)
-                if decoded is not None:
-                    return decoded, size
-            return _to_rgb(image), size
+            return _decoded(image, data), size
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -122,6 +118,15 @@ def decode(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
 def load_image(path: Path) -> Image.Image:
     """`decode(read_bytes(path))`'s image. Raises ImageError."""
     return decode(read_bytes(path))[0]
+
+
+def _decoded(image: Image.Image, data: bytes) -> Image.Image:
+    """The RGB image of an opened file."""
+    if image.format in JPEGS and jpeg.installed():
+        fast = jpeg.load_jpeg(image, data)
+        if fast is not None:
+            return fast
+    return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
