@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.bench_decode import kinds, photo, saved
 from featcache import jpeg
-from featcache.encoders import Preprocessing
+from featcache.encoders import load_encoder
 from featcache.errors import ImageError
 from featcache.fingerprint import pixel_probe
 from featcache.images import decode
@@ -80,7 +80,7 @@ def test_the_fingerprints_probe_is_the_same(
     monkeypatch: pytest.MonkeyPatch, taken: list[bool]
 ) -> None:
     """420.jpg and 444.jpg are decoded by the extra."""
-    settings = Preprocessing("p", (24, 24), Image.Resampling.BILINEAR, 1 / 255, (0.5,), (0.5,))
+    settings = load_encoder("tiny").preprocessing
     pixel_probe.cache_clear()
     fast = pixel_probe(settings)
     assert taken.count(True) == 2
@@ -154,8 +154,8 @@ def test_an_image_in_others_memory_is_an_image_like_any_other() -> None:
     fast.paste((1, 2, 3), box)
     plain.paste((1, 2, 3), box)
     assert fast.tobytes() == plain.tobytes()
-    settings = Preprocessing("p", (24, 24), Image.Resampling.BILINEAR, 1 / 255, (0.5,), (0.5,))
-    np.testing.assert_array_equal(settings.resize(fast), settings.resize(plain))
+    encoder = load_encoder("tiny")
+    np.testing.assert_array_equal(encoder.preprocess(fast), encoder.preprocess(plain))
 
 
 def test_many_threads_decode_the_same(taken: list[bool]) -> None:
