@@ -8,8 +8,8 @@ An image is its pixels or an ImageError, nothing else: what Pillow merely warns 
 trailing bytes, 89 to 179 megapixels) is an image, and neither shows on the user's terminal nor
 becomes an error where warnings are errors. A truncated file is no image.
 
-RAM while one image is decoded: 8 bytes a pixel (JPEG 5, progressive 7 to 10), JPEG2000 14, WEBP 16;
-at Pillow's limit of 179 megapixels 1.4, 2.5 and 2.9 GB.
+RAM while one image is decoded: 8 bytes a pixel, progressive JPEG 10, JPEG2000 14, WEBP 16; at
+Pillow's limit of 179 megapixels 1.4, 1.8, 2.5 and 2.9 GB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from featcache import jpeg
 from featcache.errors import ImageError
 
 PIXEL_RULE = {"convert": "RGB", "exif": "ignored", "frame": "first", "grey16": "scaled to 8 bits"}
@@ -42,8 +41,6 @@ so little that other files pass for them."""
 MAX_FILE_BYTES = 8 * 178_956_970
 """Larger files are not read: 16-bit RGBA at Pillow's limit of pixels."""
 DETAIL_CHARACTERS = 200
-JPEGS = ("JPEG", "MPO")
-"""What Pillow calls the files that are JPEGs."""
 
 _GREY16_TO_8 = [(value * 255 + 32767) // 65535 for value in range(65536)]
 
@@ -99,7 +96,7 @@ def decode(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
     try:
         with _without_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             size = image.size
-            return _decoded(image, data), size
+            return _to_rgb(image), size
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -120,20 +117,11 @@ def load_image(path: Path) -> Image.Image:
     return decode(read_bytes(path))[0]
 
 
-def _decoded(image: Image.Image, data: bytes) -> Image.Image:
-    """The RGB image of an opened file."""
-    if image.format in JPEGS and jpeg.installed():
-        fast = jpeg.load_jpeg(image, data)
-        if fast is not None:
-            return fast
-    return _to_rgb(image)
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     # Not wanted, and a damaged one would stop the conversion.
     image.info.pop("transparency", None)
-    if image.mode == "RGB" and image.format in (*JPEGS, "PNG"):
+    if image.mode == "RGB" and image.format in ("JPEG", "MPO", "PNG"):
         return image  # `convert` would copy it; other plugins keep their decoder's memory as well
     # Pillow reads PPM of more than 8 bits as mode I, scaled to 16.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):

@@ -92,6 +92,8 @@ def test_bench_reader(tmp_path: Path) -> None:
 
 
 def test_bench_decode() -> None:
+    pytest.importorskip("simplejpeg")
+    pytest.importorskip("pyarrow")
     counted = bench_decode.compare(2)
     assert {row["metric"] for row in counted if row["x"].startswith("4:2:0")} == {"equal"}
     rows = bench_decode.measure(((40, 30),), rounds=1, seconds=0.0)

@@ -13,24 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache import jpeg
 from featcache.errors import ImageError
 from featcache.images import FORMATS, MAX_FILE_BYTES, decode, digest, load_image, read_bytes
 from tests.support_images import EPS, IPTC, encoded, many_samples_tiff, warned_about
 
-pytestmark = pytest.mark.usefixtures("decoder")
-
 RGB = np.random.default_rng(0).integers(0, 256, (21, 33, 3), dtype=np.uint8)
 GREY16 = np.array([[0, 257, 32768, 65535]], np.uint16)
-
-
-@pytest.fixture(params=["Pillow", "fast"])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test with and without the extra `[fast]`."""
-    if request.param == "Pillow":
-        monkeypatch.setattr(jpeg, "installed", lambda: False)
-    else:
-        assert jpeg.installed()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
@@ -65,6 +53,25 @@ def test_palette_with_transparent_bytes_keeps_its_colours_without_a_warning() ->
 ])  # fmt: skip
 def test_16_bit_grey_is_scaled_not_clipped(data: bytes) -> None:
     assert np.asarray(decode(data)[0])[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "GIF"])
+def test_what_is_decoded_is_an_image_like_any_other(format: str) -> None:
+    """Resized, cropped, drawn on, when the file it came from is closed."""
+    data = encoded(Image.fromarray(RGB), format)
+    with Image.open(io.BytesIO(data)) as image:
+        plain = image.convert("RGB")
+    decoded = decode(data)[0]
+    for use in (
+        lambda image: image.resize((24, 24), Image.Resampling.BICUBIC),
+        lambda image: image.crop((3, 2, 20, 15)),
+        lambda image: image.convert("L"),
+        lambda image: image.copy(),
+    ):
+        assert use(decoded).tobytes() == use(plain).tobytes()
+    decoded.paste((1, 2, 3), (3, 2, 20, 15))
+    plain.paste((1, 2, 3), (3, 2, 20, 15))
+    assert decoded.tobytes() == plain.tobytes()
 
 
 def test_animation_gives_its_first_frame() -> None:
