@@ -100,7 +100,7 @@ def test_skipped_records_are_named(
         (["--layer", "9"], 1, "has no layer 9"),
         (["--data", "none.json"], 1, "none.json does not exist; check --data"),
         (["--model", "siglip2-so400n"], 1, "did you mean 'siglip2-so400m'?"),
-        (["--executor", "ray"], 2, "'ray' is not 'local'"),
+        (["--executor", "slurm"], 2, "'slurm' is not one of 'local', 'ray'"),
     ],
 )
 def test_errors_are_one_line(
