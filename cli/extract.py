@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli import console
+from featcache.object_path import StorePath, parse_location
 
 if TYPE_CHECKING:
     from featcache.extract import ExtractProgress, ExtractResult, Preflight
@@ -24,12 +24,24 @@ SHOWN_REASONS = 5
     "--data",
     required=True,
     multiple=True,
-    type=Path,
+    type=parse_location,
     metavar="FILE",
-    help="LLaVA JSON, Cambrian JSONL, caption JSONL or a directory of images; may be repeated.",
+    help="LLaVA JSON, Cambrian JSONL, caption JSONL or a directory of images, also s3://...; may "
+    "be repeated.",
 )
-@click.option("--images", type=Path, help="What image paths are relative to [the first file's].")
-@click.option("--out", required=True, type=Path, metavar="STORE", help="The store to make or add.")
+@click.option(
+    "--images",
+    type=parse_location,
+    metavar="DIR",
+    help="What image paths are relative to, also s3://bucket/images [the first file's].",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=parse_location,
+    metavar="STORE",
+    help="The store to make or add: a folder, or s3://bucket/store.zarr.",
+)
 @click.option(
     "--layer",
     "layers",
@@ -71,9 +83,9 @@ SHOWN_REASONS = 5
 @click.option("--random-weights", is_flag=True, help="Seeded random weights, for benchmarks.")
 def extract(
     model: str,
-    data: tuple[Path, ...],
-    images: Path | None,
-    out: Path,
+    data: tuple[StorePath, ...],
+    images: StorePath | None,
+    out: StorePath,
     layers: tuple[str, ...],
     codec: str,
     batch_size: str,
@@ -172,7 +184,11 @@ class ExtractDisplay:
 
 def _expected(preflight: Preflight) -> str:
     """E.g. "558,128 images to encode: 937.4 GB of 2.1 TB free, about 1 h 05 min"."""
-    space = f"{console.size(preflight.nbytes)} of {console.size(preflight.free_bytes)} free"
+    space = f"{console.size(preflight.nbytes)} "
+    if preflight.free_bytes is None:
+        space += "into a bucket, whose free space is not known"
+    else:
+        space += f"of {console.size(preflight.free_bytes)} free"
     text = f"{preflight.images:,} images to encode: {space}"
     if preflight.speed is None or preflight.seconds is None:
         return text

@@ -20,7 +20,6 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, repeat
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,6 +40,7 @@ from featcache.errors import ImageError
 from featcache.images import decode, digest
 from featcache.journal import Plan
 from featcache.layout import Status
+from featcache.object_path import StorePath
 from featcache.sources import ImageRef, Sources
 from featcache.writer import ShardBuffer, ShardSpec
 
@@ -87,7 +87,7 @@ class ShardEncoder:
     """
 
     def __init__(
-        self, root: Path, encoder: Encoder, spec: ShardSpec, sources: Sources, workers: int
+        self, root: StorePath, encoder: Encoder, spec: ShardSpec, sources: Sources, workers: int
     ) -> None:
         """sources: where the image of a row may be."""
         # Pillow loads its plugins on first need, which two threads may have at once.
@@ -292,7 +292,7 @@ def _find(refs: Sequence[ImageRef], expected: bytes) -> bytes:
 class _ShardWriter:
     """Publishes full buffers on one background thread and hands them back empty."""
 
-    def __init__(self, root: Path, buffers: list[ShardBuffer]) -> None:
+    def __init__(self, root: StorePath, buffers: list[ShardBuffer]) -> None:
         self._root = root
         self._free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[ShardBuffer | None] = queue.SimpleQueue()

@@ -11,10 +11,11 @@ import posixpath
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featcache.errors import ManifestError
+from featcache.object_path import ObjectPath, StorePath, parse_location
 
 IMAGE_SUFFIXES = frozenset(
     f".{suffix}"
@@ -64,8 +65,8 @@ class Manifest:
     """The records of one or more data files over one image root."""
 
     records: list[Record]
-    image_root: Path
-    files: tuple[Path, ...]
+    image_root: StorePath
+    files: tuple[StorePath, ...]
     skipped: list[Skipped] = field(default_factory=list)
 
     def image_keys(self) -> list[str]:
@@ -77,25 +78,27 @@ class _UnusableError(Exception):
     """Why one record is skipped."""
 
 
-def read_manifest(files: Sequence[Path | str], image_root: Path | str | None = None) -> Manifest:
+def read_manifest(
+    files: Sequence[StorePath | str], image_root: StorePath | str | None = None
+) -> Manifest:
     """Read data files of any mixture of the known formats, told apart by their content.
 
-    files: JSON or JSONL files, or directories of images (searched recursively, sorted).
+    files: JSON or JSONL files, or directories of images (searched recursively, sorted); all of it
+    may lie in a bucket: s3://bucket/train.jsonl, s3://bucket/images.
     image_root: what image paths are relative to; the first file's directory where None.
     Raises ManifestError naming the file, and the line of malformed JSON.
     """
-    paths = tuple(Path(file) for file in files)
+    paths = tuple(map(parse_location, files))
     if not paths:
         raise ManifestError("no data files given; name at least one with --data")
-    for path in paths:
-        _require_readable(path)
+    folders = [_is_directory(path) for path in paths]
     first = paths[0]
-    root = Path(image_root) if image_root else (first if first.is_dir() else first.parent)
+    root = parse_location(image_root) if image_root else (first if folders[0] else first.parent)
     if not root.is_dir():
         raise ManifestError(f"the image root {root} is not a directory; check --images")
     manifest = Manifest([], root, paths)
-    for path in paths:
-        for origin, entry in _directory(path, root) if path.is_dir() else _entries(path):
+    for path, is_folder in zip(paths, folders, strict=True):
+        for origin, entry in _images_below(path, root) if is_folder else _entries(path):
             try:
                 manifest.records.append(_record(entry, origin, root))
             except _UnusableError as reason:
@@ -106,7 +109,17 @@ def read_manifest(files: Sequence[Path | str], image_root: Path | str | None = N
     return manifest
 
 
-def _require_readable(path: Path) -> None:
+def _is_directory(path: StorePath) -> bool:
+    """Raises ManifestError for what can be neither listed nor read."""
+    if isinstance(path, ObjectPath):
+        try:
+            if path.key and path.is_file():
+                return False
+            if path.is_dir():
+                return True
+        except OSError as error:
+            raise ManifestError(f"{path}: {error.strerror}; check --data") from None
+        raise ManifestError(f"{path} does not exist; check --data")
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -115,10 +128,13 @@ def _require_readable(path: Path) -> None:
         raise ManifestError(f"{path}: {error.strerror}; check --data") from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ManifestError(f"{path} is neither a file nor a directory; check --data")
+    return stat.S_ISDIR(mode)
 
 
-def _directory(path: Path, root: Path) -> Iterator[tuple[str, Any]]:
+def _directory(path: Path, root: StorePath) -> Iterator[tuple[str, Any]]:
     """The image files below a directory, symbolic links followed, each directory visited once."""
+    if isinstance(root, ObjectPath):
+        raise ManifestError(f"{path} is a folder, and the image root {root} is not; check --images")
     base = os.path.relpath(path, root)
     if base == os.pardir or base.startswith(os.pardir + os.sep):
         raise ManifestError(
@@ -148,7 +164,29 @@ def _directory(path: Path, root: Path) -> Iterator[tuple[str, Any]]:
         yield str(path / name), {"id": key, "images": [key], "conversations": []}
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+def _images_below(path: StorePath, root: StorePath) -> Iterator[tuple[str, Any]]:
+    return _listing(path, root) if isinstance(path, ObjectPath) else _directory(path, root)
+
+
+def _listing(path: ObjectPath, root: StorePath) -> Iterator[tuple[str, Any]]:
+    """The image files below a prefix of a bucket; one request for each 1,000 objects."""
+    try:
+        base = path.relative_to(root)
+    except ValueError:
+        raise ManifestError(
+            f"{path} lies outside of the image root {root}; name a prefix above both with --images"
+        ) from None
+    names = [
+        name for name, _ in path.listing() if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not names:
+        raise ManifestError(f"{path} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    for name in sorted(names):
+        key = (base / name).as_posix()
+        yield f"{path}/{name}", {"id": key, "images": [key], "conversations": []}
+
+
+def _entries(path: StorePath) -> Iterator[tuple[str, Any]]:
     """Elements of a JSON array, or lines of JSONL: by suffix, else by the first character."""
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -180,7 +218,7 @@ def _parsed(text: str, where: str) -> Any:
         raise ManifestError(f"{where}: unreadable JSON: {error}") from None
 
 
-def _record(entry: Any, origin: str, root: Path) -> Record:
+def _record(entry: Any, origin: str, root: StorePath) -> Record:
     if not isinstance(entry, dict):
         raise _UnusableError(f"not a JSON object but {_type_name(entry)}")
     if entry.get("video") and entry.get("image"):
@@ -229,10 +267,12 @@ def _image_names(entry: dict[str, Any]) -> list[str]:
     return found
 
 
-def _key(name: str, root: Path) -> str:
+def _key(name: str, root: StorePath) -> str:
     """The image's path relative to the root, in one spelling; outside of it it is unusable."""
     path = name
-    if posixpath.isabs(name):
+    if isinstance(root, ObjectPath):
+        path = name.removeprefix(f"{root}/")
+    elif posixpath.isabs(name):
         path = os.path.relpath(os.path.normpath(name), Path(root).absolute())
     key = posixpath.normpath(path)
     if key == ".." or key.startswith("../") or posixpath.isabs(key):

@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from featcache.encode import ShardEncoder
 from featcache.errors import CorruptStoreError
 from featcache.index import Index
 from featcache.journal import Commit, Plan, RowRecord, merge
 from featcache.layout import Status, StoreInfo
+from featcache.object_path import StorePath
 from featcache.planning import WITHOUT_ANSWER
 from featcache.store import blank_spec
 from featcache.writer import ShardBuffer
@@ -31,7 +31,7 @@ class ShardMender:
 
     def __init__(
         self,
-        root: Path,
+        root: StorePath,
         info: StoreInfo,
         plans: Sequence[Plan],
         encoder: Callable[[], ShardEncoder],
