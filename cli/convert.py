@@ -7,15 +7,15 @@ from dataclasses import asdict
 import click
 
 from cli import console
-from featcache.object_path import StorePath, parse_location, require_disk
+from featcache.object_path import StorePath, require_disk
 
 
 @console.command(
     "convert",
     interrupted="run the same command again: one to Zarr goes on, one to HDF5 begins again",
 )
-@click.argument("source", type=parse_location, metavar="SRC")
-@click.argument("out", type=parse_location, metavar="DST")
+@click.argument("source", type=console.LOCATION, metavar="SRC")
+@click.argument("out", type=console.LOCATION, metavar="DST")
 @click.option("--codec", help="fp16, bf16, int8, fp8 or int4 [that of SRC].")
 @click.option("--force", is_flag=True, help="Replace DST, once the new store is whole.")
 def convert(source: StorePath, out: StorePath, codec: str | None, force: bool) -> console.Result:

@@ -7,12 +7,12 @@ from dataclasses import asdict
 import click
 
 from cli import console
-from featcache.object_path import StorePath, parse_location
+from featcache.object_path import StorePath
 
 
 @console.command("diff", interrupted="nothing was changed")
-@click.argument("left", type=parse_location, metavar="A")
-@click.argument("right", type=parse_location, metavar="B")
+@click.argument("left", type=console.LOCATION, metavar="A")
+@click.argument("right", type=console.LOCATION, metavar="B")
 def diff(left: StorePath, right: StorePath) -> console.Document:
     """Compare stores A and B: how they were made, their images, their failures.
 

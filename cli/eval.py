@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli import console
-from featcache.object_path import StorePath, parse_location
+from featcache.object_path import StorePath
 
 if TYPE_CHECKING:
     from align.evaluate import EvalResult
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", default="last", show_default=True, help="last, best or a step.")
 @click.option(
     "--features",
-    type=parse_location,
+    type=console.LOCATION,
     metavar="STORE",
     help="The store, where it has moved [the run's].",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli import console
-from featcache.object_path import StorePath, parse_location
+from featcache.object_path import StorePath
 
 if TYPE_CHECKING:
     from featcache.extract import ExtractProgress, ExtractResult, Preflight
@@ -24,21 +24,21 @@ SHOWN_REASONS = 5
     "--data",
     required=True,
     multiple=True,
-    type=parse_location,
+    type=console.LOCATION,
     metavar="FILE",
     help="LLaVA JSON, Cambrian JSONL, caption JSONL or a directory of images, also s3://...; may "
     "be repeated.",
 )
 @click.option(
     "--images",
-    type=parse_location,
+    type=console.LOCATION,
     metavar="DIR",
     help="What image paths are relative to, also s3://bucket/images [the first file's].",
 )
 @click.option(
     "--out",
     required=True,
-    type=parse_location,
+    type=console.LOCATION,
     metavar="STORE",
     help="The store to make or add: a folder, or s3://bucket/store.zarr.",
 )

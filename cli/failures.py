@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli import console
-from featcache.object_path import StorePath, parse_location
+from featcache.object_path import StorePath
 
 if TYPE_CHECKING:
     from featcache.journal import Failure
@@ -22,7 +22,7 @@ WIDEST_IMAGE = 60
 
 
 @console.command("failures")
-@click.argument("store", type=parse_location)
+@click.argument("store", type=console.LOCATION)
 @click.option("--reason", help="Only failures of this reason.")
 def failures(store: StorePath, reason: str | None) -> console.Document:
     """List the images of STORE's data that have no features, and why."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from cli import console
-from featcache.object_path import StorePath, parse_location, require_disk
+from featcache.object_path import StorePath, require_disk
 
 
 @console.command("gc", interrupted="nothing is lost; run it again to go on")
-@click.argument("store", type=parse_location)
+@click.argument("store", type=console.LOCATION)
 @click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
 def gc(store: StorePath, dry_run: bool) -> console.Result:
     """Free the features that no image of STORE means any more.

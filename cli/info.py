@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from cli import console
-from featcache.object_path import StorePath, parse_location
+from featcache.object_path import StorePath
 
 
 @console.command("info")
-@click.argument("store", type=parse_location)
+@click.argument("store", type=console.LOCATION)
 def info(store: StorePath) -> console.Document:
     """Shape, codec, encoder, rows, failures and bytes of STORE, also of an unfinished one."""
     from featcache.fingerprint import flatten

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli import console
-from featcache.object_path import StorePath, parse_location
+from featcache.object_path import StorePath
 
 if TYPE_CHECKING:
     from align.data.tokens import SampleView
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @console.command("show")
 @click.option("--config", metavar="NAME|FILE", help="A recipe of `align configs`, or a YAML file.")
-@click.option("--features", required=True, multiple=True, type=parse_location, metavar="STORE")
+@click.option("--features", required=True, multiple=True, type=console.LOCATION, metavar="STORE")
 @click.option("-n", "count", type=click.IntRange(1), default=3, show_default=True)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def show(

@@ -10,7 +10,7 @@ import click
 
 from cli import console
 from featcache.errors import FeatcacheError
-from featcache.object_path import StorePath, parse_location, require_disk
+from featcache.object_path import StorePath, require_disk
 
 if TYPE_CHECKING:
     from featcache.live import LiveReport
@@ -21,7 +21,7 @@ SHOWN_PROBLEMS = 50
 
 
 @console.command("verify", interrupted="nothing is lost: run the same command again")
-@click.argument("store", type=parse_location)
+@click.argument("store", type=console.LOCATION)
 @click.option("--repair", is_flag=True, help="Mend what can be mended; good rows never change.")
 @click.option(
     "--live",

@@ -205,7 +205,7 @@ def is_transient(error: Exception) -> bool:
     if not isinstance(error, GenericError) or _is_about_credentials(text):
         return False
     status = _status(text)
-    return status is None or status >= 500 or status in (408, 429)
+    return status is None or (status >= 500 and status != 501) or status in (408, 429)
 
 
 def explain(error: Exception, url: str, spent_s: float) -> Exception:

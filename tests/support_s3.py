@@ -48,7 +48,7 @@ class S3Server:
         urllib.request.urlopen(request).close()
 
     def stop(self) -> None:
-        self._process.terminate()
+        self._process.kill()
         self._process.wait()
         self._log.join()
         assert self._process.stderr is not None
@@ -86,13 +86,15 @@ Choose = Callable[[Request], Fault | None]
 class Proxy:
     """Passes requests on to a server, each unless `choose` says otherwise.
 
-    seen: every request, those included that met a fault; faults: how many did.
+    seen: every request, those included that met a fault; faults: how many did. max_keys: names on a
+    page of a listing, where fewer than the server's 1,000.
     """
 
     server: S3Server
     choose: Choose = field(default=lambda _: None)
     seen: list[Request] = field(default_factory=list)
     faults: int = 0
+    max_keys: int | None = None
     _http: http.server.ThreadingHTTPServer | None = None
 
     @property
@@ -139,7 +141,10 @@ class Proxy:
         if fault and fault.kind == "stall":
             time.sleep(fault.seconds)
         connection = http.client.HTTPConnection(HOST, self.server.port)
-        connection.request(handler.command, handler.path, body, dict(handler.headers))
+        path = handler.path
+        if self.max_keys is not None and "list-type" in path:
+            path += f"&max-keys={self.max_keys}"
+        connection.request(handler.command, path, body, dict(handler.headers))
         answer = connection.getresponse()
         content = answer.read()
         length = int(answer.headers.get("Content-Length") or len(content))

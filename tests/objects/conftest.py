@@ -18,7 +18,7 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[S3Server]:
-    started = S3Server()
+    started = S3Server(S3_UPLOAD_PART_MIN_SIZE="256")  # so that small uploads have many parts
     yield started
     started.stop()
 
