@@ -445,7 +445,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         # Links are kept: a hub's cache links readable names to files named by their digest.
         return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
-    data, llm = config.data, config.llm
+    data, llm, train = config.data, config.llm, config.train
     is_folder = llm.name not in SHIPPED and Path(llm.name).expanduser().is_dir()
     return dataclasses.replace(
         config,
@@ -455,6 +455,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
             files=[absolute_path(path) for path in data.files],
             val_files=[absolute_path(path) for path in data.val_files],
             images=None if data.images is None else absolute_path(data.images),
+        ),
+        train=dataclasses.replace(
+            train, cache_dir=None if train.cache_dir is None else absolute_path(train.cache_dir)
         ),
     )
 

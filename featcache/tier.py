@@ -48,7 +48,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def cache_folder() -> Path:
     """FEATCACHE_CACHE_DIR, else "featcache" in the user's folder for caches."""
     if given := os.environ.get("FEATCACHE_CACHE_DIR"):
-        return Path(given)
+        return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featcache"
 
 
@@ -104,7 +104,7 @@ class Tier:
 
         Raises ConfigError for a budget that is none, StoreError for a folder that cannot be used.
         """
-        self.folder = cache_folder() if folder is None else Path(folder)
+        self.folder = cache_folder() if folder is None else Path(folder).expanduser()
         if nbytes is not None and nbytes < 0:
             raise ConfigError(f"cache_bytes={nbytes}: must be at least 0")
         try:

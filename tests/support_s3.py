@@ -1,9 +1,13 @@
-"""A real S3 server in a process of its own, and a proxy before it that misbehaves on demand."""
+"""A real S3 server in a process of its own, and a proxy before it that misbehaves on demand.
+
+The fixtures at the end are for the conftest.py of whoever needs them.
+"""
 
 from __future__ import annotations
 
 import http.client
 import http.server
+import itertools
 import re
 import subprocess
 import sys
@@ -14,6 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
+
+from featcache import object_store
+from featcache.object_path import ObjectPath
+from featcache.tier import default_tier
 
 HOST = "127.0.0.1"
 
@@ -211,3 +221,51 @@ def lasting(seconds: float, fault: Fault) -> Choose:
         return fault if began[-1] - began[0] < seconds else None
 
     return choose
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[S3Server]:
+    started = S3Server(S3_UPLOAD_PART_MIN_SIZE="256")  # so that small uploads have many parts
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def proxy(server: S3Server) -> Iterator[Proxy]:
+    started = Proxy(server)
+    started.start()
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def environment(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As a user would set it, for this process and its children."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": proxy.url,
+        "AWS_ACCESS_KEY_ID": "tester",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "FEATCACHE_CACHE_DIR": str(tmp_path / "tier"),
+        "FEATCACHE_RETRY_S": "20",
+    }.items():
+        monkeypatch.setenv(name, value)
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    """Let this process meet its buckets anew."""
+    object_store._clients.of.clear()
+    default_tier.cache_clear()
+
+
+@pytest.fixture
+def bucket(server: S3Server, environment: None) -> ObjectPath:
+    name = f"bucket-{next(_numbers)}"
+    server.make_bucket(name)
+    return ObjectPath(f"s3://{name}")

@@ -14,8 +14,7 @@ import featcache
 from featcache import files, object_store
 from featcache.errors import ConfigError, ObjectStoreError, StoreError
 from featcache.object_path import ObjectPath, parse_location, read_each, size_of
-from tests.objects.conftest import forget
-from tests.support_s3 import Fault, Proxy, Request, S3Server, times
+from tests.support_s3 import Fault, Proxy, Request, S3Server, forget, times
 
 
 def test_locations() -> None:

@@ -25,10 +25,9 @@ from featcache.extract import extract
 from featcache.object_path import ObjectPath
 from featcache.store import Store
 from featcache.tier import Tier
-from tests.objects.conftest import forget
 from tests.objects.test_extract import options_for
 from tests.support import write_images
-from tests.support_s3 import Fault, Proxy, Request, lasting
+from tests.support_s3 import Fault, Proxy, Request, forget, lasting
 
 IMAGES = 40
 ROWS = np.arange(IMAGES)
