@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import functools
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
-from featcache import object_store
+from featcache import object_requests, object_store
 from featcache.errors import ConfigError, StoreError
 
 READS_AT_ONCE = 32
@@ -87,45 +89,23 @@ class ObjectPath:
         return True
 
     def is_dir(self) -> bool:
-        import obstore
-
-        def ask(store: Any) -> bool:
-            return bool(next(iter(obstore.list(store, self.key or None, chunk_size=1)), None))
-
-        return bool(self._ask(ask))
+        return bool(self._ask(object_requests.has_any, self.key))
 
     def stat(self) -> ObjectStat:
-        import obstore
-
-        found = self._ask(lambda store: obstore.head(store, self._object_key()))
-        return ObjectStat(found["size"], found["e_tag"] or found["version"] or "")
+        return ObjectStat(*self._ask(object_requests.head, self._object_key()))
 
     def read_bytes(self) -> bytes:
-        import obstore
-
-        return self._ask(lambda store: bytes(obstore.get(store, self._object_key()).bytes()))
+        found: bytes = self._ask(object_requests.get, self._object_key())
+        return found
 
     def read_at_most(self, nbytes: int) -> bytes | int:
         """The bytes, or their number where there are more than `nbytes`; those are not fetched."""
-        import obstore
-
-        def ask(store: Any) -> bytes | int:
-            answer = obstore.get(store, self._object_key())
-            size = answer.meta["size"]
-            return size if size > nbytes else bytes(answer.bytes())
-
-        return self._ask(ask)
+        found: bytes | int = self._ask(object_requests.get_at_most, self._object_key(), nbytes)
+        return found
 
     def read_range(self, start: int, length: int) -> memoryview:
         """`length` bytes from `start`, fewer where the object ends before; none of them copied."""
-        import obstore
-
-        def ask(store: Any) -> memoryview:
-            return memoryview(
-                obstore.get_range(store, self._object_key(), start=start, length=length)
-            )
-
-        return self._ask(ask)
+        return memoryview(self._ask(object_requests.get_range, self._object_key(), start, length))
 
     def open(self, *, encoding: str) -> io.TextIOWrapper:
         """As text, for reading: all of it is fetched into memory."""
@@ -133,43 +113,14 @@ class ObjectPath:
 
     def download(self, place: Path) -> None:
         """Write the object to a local file, in pieces."""
-        import obstore
-
-        def ask(store: Any) -> None:
-            with place.open("wb") as file:
-                for piece in obstore.get(store, self._object_key()).stream():
-                    file.write(piece)
-
-        self._ask(ask)
+        self._ask(object_requests.download, self._object_key(), place)
 
     def write(self, parts: Sequence[bytes | memoryview | int]) -> None:
         """Put an object of these parts, holes as zeros, in the place of what is there.
 
-        RAM: `PART_BYTES` x `PARTS_AT_ONCE`, whatever its size.
+        RAM: `PART_BYTES` x `PARTS_AT_ONCE` at the most, whatever its size.
         """
-        import obstore
-
-        nbytes = sum(part if isinstance(part, int) else memoryview(part).nbytes for part in parts)
-        blocks = object_store.blocks
-
-        def ask(store: Any) -> None:
-            if nbytes <= object_store.PART_BYTES:
-                obstore.put(
-                    store,
-                    self._object_key(),
-                    b"".join(blocks(list(parts))),
-                    use_multipart=False,
-                )
-            else:
-                obstore.put(
-                    store,
-                    self._object_key(),
-                    blocks(list(parts)),
-                    chunk_size=object_store.PART_BYTES,
-                    max_concurrency=object_store.PARTS_AT_ONCE,
-                )
-
-        self._ask(ask)
+        self._ask(object_requests.put, self._object_key(), list(parts))
 
     def write_after(self, content: bytes | memoryview, before: bytes | None) -> None:
         """Put `content` if the object still is `before` (None: if there is none), or `content`
@@ -178,63 +129,29 @@ class ObjectPath:
         Raises FileExistsError where it is something else. The server must know conditional
         requests (If-None-Match, If-Match); where it does not, OSError (ENOTSUP).
         """
-        import obstore
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
-
-        key = self._object_key()
-
-        def ask(store: Any) -> None:
-            mode: Any = "create"
-            if before is not None:
-                answer = obstore.get(store, key)
-                there = bytes(answer.bytes())
-                if there == content:
-                    return
-                if there != before:
-                    raise PreconditionError
-                known = {"e_tag": answer.meta["e_tag"], "version": answer.meta["version"]}
-                mode = {name: value for name, value in known.items() if value is not None}
-            try:
-                obstore.put(store, key, content, mode=mode, use_multipart=False)
-            except (AlreadyExistsError, PreconditionError):
-                # Perhaps by us: the answer to an earlier attempt may have been lost.
-                if bytes(obstore.get(store, key).bytes()) != content:
-                    raise
-
-        self._ask(ask)
+        self._ask(object_requests.put_after, self._object_key(), content, before)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        import obstore
-
         if not missing_ok:
             self.stat()
-        self._ask(lambda store: obstore.delete(store, self._object_key()))
+        with contextlib.suppress(FileNotFoundError):  # not all servers say so
+            self._ask(object_requests.delete, self._object_key())
 
     def remove_tree(self) -> None:
         """Remove every object below."""
-        import obstore
-
         keys = [f"{self.key}/{name}".lstrip("/") for name, _ in self.listing()]
         with contextlib.suppress(FileNotFoundError):  # another attempt of ours removed some
-            self._ask(lambda store: obstore.delete(store, keys))
+            self._ask(object_requests.delete, keys)
 
     def listing(self) -> list[tuple[str, int]]:
         """(name relative to this, bytes) of every object below; one request for each 1,000."""
-        import obstore
-
-        # As a whole: a listing that breaks off must not pass for a shorter one.
-        found = self._ask(lambda store: obstore.list(store, self.key or None).collect())
         cut = len(self.key) + 1 if self.key else 0
-        return [(str(entry["path"])[cut:], entry["size"]) for entry in found]
+        return [(key[cut:], nbytes) for key, nbytes in self._ask(object_requests.listed, self.key)]
 
     def iterdir(self) -> Iterator[ObjectPath]:
         """What is directly below, objects and prefixes."""
-        import obstore
-
-        found = self._ask(lambda store: obstore.list_with_delimiter(store, self.key or None))
-        names = [entry["path"] for entry in found["objects"]]
-        for key in sorted({*names, *found["common_prefixes"]}):
-            yield ObjectPath(self.bucket, str(key).strip("/"))
+        for key in self._ask(object_requests.listed_directly, self.key):
+            yield ObjectPath(self.bucket, key.strip("/"))
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """pattern: of a name directly below."""
@@ -246,8 +163,13 @@ class ObjectPath:
             raise IsADirectoryError(errno.EISDIR, "is a bucket, not an object", str(self))
         return self.key
 
-    def _ask(self, ask: Callable[[Any], Any]) -> Any:
+    def _ask(self, what: Callable[..., Any], *arguments: Any) -> Any:
+        ask = functools.partial(_with_store, what, arguments)
         return object_store.request(str(self), self.bucket, ask)
+
+
+def _with_store(what: Callable[..., Any], arguments: tuple[Any, ...], store: Any) -> Any:
+    return what(store, *arguments)
 
 
 StorePath: TypeAlias = Path | ObjectPath
@@ -255,7 +177,7 @@ StorePath: TypeAlias = Path | ObjectPath
 
 def is_url(text: str) -> bool:
     """Whether it names a place in an object store."""
-    return "://" in text
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", text) is not None
 
 
 def parse_location(text: str | Path | ObjectPath) -> StorePath:

@@ -21,7 +21,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +29,8 @@ from featcache.errors import ConfigError, ObjectStoreError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
+
+    from featcache.object_helper import Helper
 
 SCHEMES = ("s3", "gs", "az")
 DEFAULT_RETRY_S = 240.0
@@ -78,10 +80,11 @@ def retry_s() -> float:
 
 
 class _Clients:
-    """One client for each bucket of this process."""
+    """One client for each bucket of this process; in a forked one, perhaps a helper instead."""
 
     def __init__(self) -> None:
         self.of: dict[str, ObjectStore] = {}
+        self.helper: Helper | None = None
         self.lock = threading.Lock()
 
 
@@ -94,12 +97,6 @@ def client(bucket: str) -> ObjectStore:
 
     Raises ObjectStoreError where the bucket cannot be used, ConfigError without obstore.
     """
-    if _used_before_fork:
-        raise ObjectStoreError(
-            f"{bucket} cannot be used in a forked process once its parent has used an object "
-            'store; start the process with multiprocessing\'s "spawn" (DataLoader: '
-            'multiprocessing_context="spawn")'
-        )
     with _clients.lock:
         found = _clients.of.get(bucket)
         if found is None:
@@ -109,7 +106,8 @@ def client(bucket: str) -> ObjectStore:
 
 
 def _begin_anew_after_a_fork() -> None:
-    """The child has none of the threads that obstore works with, and cannot start them again."""
+    """The child has none of the threads that obstore works with, and cannot start them again:
+    featcache/object_helper.py."""
     global _clients, _used_before_fork
     _used_before_fork = _used_before_fork or bool(_clients.of)
     _clients = _Clients()
@@ -181,6 +179,13 @@ def request(url: str, bucket: str, ask: Callable[[ObjectStore], T]) -> T:
 
     Raises what `explain` says: OSError kinds, ObjectStoreError.
     """
+    if _used_before_fork:
+        from featcache.object_helper import Helper
+
+        with _clients.lock:
+            _clients.helper = _clients.helper or Helper()
+        found: T = _clients.helper.request(url, bucket, ask)
+        return found
     store = client(bucket)
     start, wait = time.monotonic(), FIRST_WAIT_S
     while True:
@@ -233,7 +238,7 @@ def explain(error: Exception, url: str, spent_s: float) -> Exception:
         return FileExistsError(errno.EEXIST, "it was written meanwhile", url)
     if isinstance(error, exceptions.PermissionDeniedError) or status == 403:
         return PermissionError(errno.EACCES, f"access denied{at} ({code or status})", url)
-    if "redirect" in text.lower() or code == "PermanentRedirect":
+    if "redirect" in text.lower() or code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
         return ObjectStoreError(f"{url}: the bucket is in another region; set AWS_REGION to it")
     if isinstance(error, ValueError | exceptions.InvalidPathError):
         return OSError(errno.EINVAL, "is no name of an object", url)
@@ -294,7 +299,7 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def blocks(parts: list[bytes | memoryview | int]) -> Iterator[memoryview]:
+def blocks(parts: Sequence[bytes | memoryview | int]) -> Iterator[memoryview]:
     """`files.publish`'s parts as blocks of at most 1 MB, holes as zeros."""
     for part in parts:
         if isinstance(part, int):

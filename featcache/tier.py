@@ -42,6 +42,8 @@ FREE_SHARE = 0.5
 _KEPT = 0.9  # of the budget, after something had to go
 _CHECKED = 8  # times in which a process may fill the budget before it looks what others did
 _TOUCH_S = 60.0
+_FETCHED = ".fetch-"  # begins the name of a folder into which something is being fetched
+_FETCHED_S = 3600.0  # after that nobody fetches into it any more
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -140,7 +142,8 @@ class Tier:
         except (ValueError, FileNotFoundError):
             pass  # never fetched, or damaged, or removed at this moment
         try:
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetch-") as work:
+            arrays = self.folder / "arrays"
+            with tempfile.TemporaryDirectory(dir=arrays, prefix=_FETCHED) as work:
                 self._fetch(root / name, Path(work) / "array")
                 # What is mapped stays readable where another process replaces it.
                 found = map_array(Path(work) / "array", checksum)
@@ -228,7 +231,8 @@ class Tier:
                     status = path.stat()
                 except FileNotFoundError:
                     continue
-                if path.is_file():
+                busy = _FETCHED in str(path) and time.time() - status.st_mtime < _FETCHED_S
+                if path.is_file() and not busy:
                     found.append((status.st_mtime, status.st_blocks * 512, path))
         return found
 

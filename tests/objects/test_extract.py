@@ -19,7 +19,7 @@ import featcache
 from cli.console import run
 from cli.featcache import group
 from featcache import extract as extraction
-from featcache import layout, object_store, sources
+from featcache import layout, object_requests, sources
 from featcache.errors import ImageError, IncompleteStoreError, ObjectStoreError, StoreError
 from featcache.extract import ExtractOptions, extract
 from featcache.journal import Plan
@@ -70,7 +70,7 @@ def test_a_bucket_holds_what_a_disk_holds(
     assert extract(there).new == 0
 
 
-@pytest.mark.parametrize("part_bytes", [object_store.PART_BYTES, 6_000])
+@pytest.mark.parametrize("part_bytes", [object_requests.PART_BYTES, 6_000])
 def test_faults_on_the_way_change_nothing(
     encoder_dir: Path,
     tmp_path: Path,
@@ -80,7 +80,7 @@ def test_faults_on_the_way_change_nothing(
     part_bytes: int,
 ) -> None:
     """Refused, cut, lost and late answers, of single and of multipart uploads alike."""
-    monkeypatch.setattr(object_store, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(object_requests, "PART_BYTES", part_bytes)
     write_images(tmp_path / "images", 6)
     disk = options_for(encoder_dir, tmp_path / "images", tmp_path / "disk.zarr", codec="int8")
     extract(disk)

@@ -323,6 +323,26 @@ def test_a_reader_may_be_pickled_and_closed_while_it_reads(
         reader.read(ROWS[:2])
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_data_loaders_forked_worker_reads_too(plain: tuple[Path, ObjectPath]) -> None:
+    folder, root = plain
+    expected = read_all(featcache.open(folder), [ROWS])[0]
+    with featcache.open(root).reader() as reader:
+        reader.read(ROWS[:20])
+
+        class Features(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return IMAGES
+
+            def __getitem__(self, row: int) -> torch.Tensor:
+                return reader.read(np.array([row]), torch.float32)[0]
+
+        loader = torch.utils.data.DataLoader(
+            Features(), 8, num_workers=1, multiprocessing_context="fork"
+        )
+        assert torch.equal(torch.cat(list(loader)), expected)
+
+
 def test_what_the_tier_is_asked_to_be(
     plain: tuple[Path, ObjectPath], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
