@@ -112,6 +112,22 @@ def test_an_outage_of_seconds_is_waited_for(
     assert proxy.faults > 3
 
 
+@pytest.mark.slow
+def test_a_minute_of_503_is_waited_for(
+    encoder_dir: Path,
+    tmp_path: Path,
+    bucket: ObjectPath,
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("FEATCACHE_RETRY_S")
+    write_images(tmp_path / "images", 4)
+    options = options_for(encoder_dir, tmp_path / "images", bucket / "store.zarr")
+    with proxy.failing(lasting(60.0, Fault("refuse"))):
+        assert extract(options).features == 4
+    assert proxy.faults > 10
+
+
 def test_a_longer_outage_ends_in_one_line_and_the_next_run_goes_on(
     encoder_dir: Path,
     tmp_path: Path,

@@ -138,7 +138,7 @@ def test_a_server_without_conditional_writes_is_told(
 @pytest.mark.parametrize("kind", ["refuse", "cut", "lose"])
 def test_every_operation_survives_faults(bucket: ObjectPath, proxy: Proxy, kind: str) -> None:
     path = bucket / "folder/x"
-    big = os.urandom(20_000_000)
+    big = os.urandom(9_000_000)
     operations = {
         "write": lambda: path.write([b"12345"]),
         "stat": lambda: path.stat().st_size == 5,
