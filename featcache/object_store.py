@@ -85,6 +85,7 @@ class _Clients:
     def __init__(self) -> None:
         self.of: dict[str, ObjectStore] = {}
         self.helper: Helper | None = None
+        self.used = False
         self.lock = threading.Lock()
 
 
@@ -100,6 +101,7 @@ def client(bucket: str) -> ObjectStore:
     with _clients.lock:
         found = _clients.of.get(bucket)
         if found is None:
+            _clients.used = True
             _probe(bucket, _open(bucket, min(PROBE_S, retry_s())))
             found = _clients.of[bucket] = _open(bucket, retry_s())
         return found
@@ -109,7 +111,7 @@ def _begin_anew_after_a_fork() -> None:
     """The child has none of the threads that obstore works with, and cannot start them again:
     featcache/object_helper.py."""
     global _clients, _used_before_fork
-    _used_before_fork = _used_before_fork or bool(_clients.of)
+    _used_before_fork = _used_before_fork or _clients.used
     _clients = _Clients()
 
 
@@ -240,7 +242,7 @@ def explain(error: Exception, url: str, spent_s: float) -> Exception:
         return PermissionError(errno.EACCES, f"access denied{at} ({code or status})", url)
     if "redirect" in text.lower() or code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
         return ObjectStoreError(f"{url}: the bucket is in another region; set AWS_REGION to it")
-    if isinstance(error, ValueError | exceptions.InvalidPathError):
+    if isinstance(error, exceptions.InvalidPathError) or text.startswith("Could not parse path"):
         return OSError(errno.EINVAL, "is no name of an object", url)
     if status in (501, 405) or isinstance(
         error, exceptions.NotSupportedError | NotImplementedError
