@@ -25,3 +25,7 @@ group = LazyGroup(
 
 def main() -> None:
     raise SystemExit(run(group))
+
+
+if __name__ == "__main__":
+    main()

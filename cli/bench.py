@@ -1,4 +1,5 @@
-"""`align bench`: how fast stored features are read, beside other formats and memcpy."""
+"""`align bench`: how fast stored features are read, beside other formats and memcpy; how near an
+extraction comes to the bare encoder."""
 
 from __future__ import annotations
 
@@ -10,11 +11,14 @@ import click
 from cli import console
 
 if TYPE_CHECKING:
+    from align.bench.extract import ExtractPlan
     from align.bench.store import Plan
+
+PERCENTILES = ("p20", "p50", "p80")
 
 
 @console.command("bench", interrupted="what was written is removed")
-@click.argument("what", type=click.Choice(["store"]), default="store")
+@click.argument("what", type=click.Choice(["store", "extract"]), default="store")
 @click.option("--quick", is_flag=True, help="64 images, fewer rounds, warm and cold only.")
 @click.option(
     "--dir",
@@ -22,12 +26,20 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Where the formats are written, on the disk to measure.  [default: the temporary folder]",
 )
-@click.option("--images", type=click.IntRange(1), help="[default: 512, quick 64]")
+@click.option(
+    "--images", type=click.IntRange(1), help="[default: 512, quick 64; of an extraction 128, 32]"
+)
 @click.option("--shape", default="729x1152", show_default=True, help="Patches x width of an image.")
 @click.option("--providers", default="", metavar="A,B", help="Those whose names contain a word.")
 @click.option(
     "--cache", "caches", metavar="A,B", help="Of warm, cold, small-ram.  [default: all of them]"
 )
+@click.option("--model", default="siglip2-so400m", show_default=True, help="extract: the encoder.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, help="extract: images a forward.")
+@click.option("--device", default="auto", help="extract: auto, cpu, cuda.")
+@click.option("--rounds", type=click.IntRange(1), help="extract  [default: 5, quick 1]")
+@click.option("--workers", type=click.IntRange(0), default=0, help="extract: against one core.")
+@click.option("--compile", "compiled", is_flag=True, help="extract: torch.compile the encoder.")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Rows go here, as JSON lines."
 )
@@ -39,15 +51,36 @@ def bench(
     shape: str,
     providers: str,
     caches: str | None,
+    model: str,
+    batch_size: int,
+    device: str,
+    rounds: int | None,
+    workers: int,
+    compiled: bool,
     out: Path | None,
 ) -> console.Result:
-    """Random and sequential batches of stored features, from every format, beside memcpy.
+    """store: random and sequential batches of stored features, from every format, beside memcpy.
 
     What peers are not installed is left out, with the command that installs them. Every value is
     compared before anything is timed; exits 1 where a provider fails. docs/performance.md says what
     the columns mean.
+
+    extract: the real command with random weights on images of a disk, beside the encoder alone;
+    with --workers also beside one worker on one core.
     """
     import tempfile
+
+    if what == "extract":
+        from align.bench.extract import ExtractPlan
+
+        return _extract(
+            ExtractPlan(
+                model, images or (32 if quick else 128), batch_size, rounds or (1 if quick else 5),
+                device, workers=workers, compile=compiled,
+            ),
+            folder,
+            out,
+        )  # fmt: skip
 
     from align.bench import results
     from align.bench.providers import choose
@@ -73,6 +106,29 @@ def bench(
         "failed": found.failed,
     }
     return console.Result(document, exit_code=1 if found.failed else 0)
+
+
+def _extract(plan: ExtractPlan, folder: Path | None, out: Path | None) -> console.Result:
+    import tempfile
+
+    from align.bench import results
+    from align.bench.extract import measure
+
+    with tempfile.TemporaryDirectory(prefix="align-bench-", dir=folder) as work:
+        rows = measure(Path(work), plan, console.say)
+    console.table(
+        ["", "metric", "unit", "p20", "p50", "p80"],
+        [
+            [row["provider"], row["metric"], row["unit"], *(f"{row[p]:.4g}" for p in PERCENTILES)]
+            for row in rows
+        ],
+        title=f"{plan.model}, batches of {plan.batch_size}, {plan.images} images",
+        right=(3, 4, 5),
+    )
+    if out is not None:
+        results.write(out, rows)
+        console.say(f"rows: {out}")
+    return console.Result({"benchmark": "extract", "results": rows})
 
 
 def _plan(quick: bool, images: int | None, shape: str, caches: str | None) -> Plan:

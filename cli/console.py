@@ -50,7 +50,7 @@ PLAIN_EVERY_S = 30.0  # where stderr is no terminal: one line of progress each s
 class Result:
     """What a command hands back when it ended with another exit code than 0."""
 
-    document: Document
+    document: Document | None  # None: nothing is printed, not even with --json
     exit_code: int = 0
 
 
@@ -99,7 +99,7 @@ class Command(click.Command):
             ctx.exit(130)
         if not isinstance(result, Result):
             result = Result(result or {})
-        if as_json:
+        if as_json and result.document is not None:
             click.echo(json.dumps(result.document))
         if result.exit_code:
             ctx.exit(result.exit_code)

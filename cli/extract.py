@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli import console
-from featcache.object_path import StorePath
+from featcache.object_path import ObjectPath, StorePath
 
 if TYPE_CHECKING:
+    from featcache.executors.ranks import Rank
     from featcache.extract import ExtractProgress, ExtractResult, Preflight
     from featcache.journal import Failure
+    from featcache.worker import WorkProgress
 
 SHOWN_REASONS = 5
 """Reasons for skipped records that are named, the commonest first; --json has all."""
@@ -62,13 +66,18 @@ SHOWN_REASONS = 5
     "--shard-images", type=click.IntRange(1), help="Rows a shard [the store's; 128 if new]."
 )
 @click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
-@click.option("--workers", type=click.IntRange(1), default=2, help="Decoding threads [2].")
 @click.option(
     "--executor",
-    type=click.Choice(["local"]),
+    type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="Where shards are encoded.",
+    help="Who encodes: processes of this machine, or Ray actors (docs/scale.md).",
+)
+@click.option(
+    "--workers", type=click.IntRange(1), help="Processes or actors [one for each GPU; 1 on a CPU]."
+)
+@click.option(
+    "--decode-threads", type=click.IntRange(1), help="Of each worker [its share of the cores]."
 )
 @click.option(
     "--max-failures",
@@ -92,8 +101,9 @@ def extract(
     device: str,
     shard_images: int | None,
     limit: int | None,
-    workers: int,
     executor: str,
+    workers: int | None,
+    decode_threads: int | None,
     max_failures: float,
     dry_run: bool,
     force: bool,
@@ -101,7 +111,8 @@ def extract(
 ) -> console.Result:
     """Run a frozen vision encoder once over images and store its features.
 
-    Run it again to go on after a stop, or with more data to append.
+    Run it again to go on after a stop, or with more data to append. Under torchrun or srun the same
+    line runs on every rank.
     """
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise click.BadParameter(
@@ -109,7 +120,8 @@ def extract(
             param_hint="--batch-size",
         )
     console.say(f"loading {model}" + (" with RANDOM weights" if random_weights else ""))
-    from featcache.extract import ExtractOptions
+    from featcache.executors.ranks import rank_from
+    from featcache.extract import ExtractOptions, assist
     from featcache.extract import extract as run
 
     options = ExtractOptions(
@@ -123,12 +135,20 @@ def extract(
         device=device,
         shard_images=shard_images,
         limit=limit,
+        executor=executor,
         workers=workers,
+        decode_threads=decode_threads,
         max_failures=max_failures,
         random_weights=random_weights,
         dry_run=dry_run,
         force=force,
     )
+    rank = rank_from(os.environ)
+    if rank is not None and rank.index > 0:
+        if not dry_run:
+            with RankLog(rank, out) as log:
+                log.end(assist(options, rank, log, log.wait))
+        return console.Result(None)  # rank 0 speaks for all
     with ExtractDisplay() as display:
         result = run(options, display)
     _summary(options.dry_run, result)
@@ -143,6 +163,7 @@ class ExtractDisplay:
     def __init__(self) -> None:
         self._bar: console.Progress | None = None
         self._stage = ""
+        self._began = 0.0
         self._backed_off: tuple[int, int] | None = None
 
     def __call__(self, progress: ExtractProgress) -> None:
@@ -150,22 +171,22 @@ class ExtractDisplay:
             self._close()
             if progress.preflight is not None and progress.total:
                 console.say(_expected(progress.preflight))
-            self._stage = progress.stage
+            self._stage, self._began = progress.stage, time.monotonic()
             self._bar = console.Progress(progress.stage, unit="images", total=progress.total)
             self._bar.__enter__()
         assert self._bar is not None
+        work = progress.work
         shown = {}
-        if progress.failed:
-            shown["failed"] = str(progress.failed)
-        if progress.seconds and progress.done:
-            shown["ms/image:"] = " ".join(
-                f"{stage} {1000 * seconds / progress.done:.1f}"
-                for stage, seconds in progress.seconds.items()
-            )
+        if work.failed:
+            shown["failed"] = f"{work.failed:,}"
+        if work.lost:
+            shown["workers lost"] = str(work.lost)
+        if work.seconds and work.done:
+            shown["ms/image:"] = stages(work, time.monotonic() - self._began)
         self._bar.update(progress.done, progress.total, **shown)
-        if progress.backed_off is not None and progress.backed_off != self._backed_off:
-            self._backed_off = progress.backed_off
-            failed, worked = progress.backed_off
+        if work.backed_off is not None and work.backed_off != self._backed_off:
+            self._backed_off = work.backed_off
+            failed, worked = work.backed_off
             console.say(
                 f"the encoder ran out of memory at {failed} images at once; going on with {worked}"
             )
@@ -182,6 +203,60 @@ class ExtractDisplay:
             self._bar = None
 
 
+class RankLog:
+    """What a rank other than 0 says: in a file of its own below the store's journal, and where it
+    fails on stderr."""
+
+    def __init__(self, rank: Rank, out: StorePath) -> None:
+        self._rank = rank
+        self._path = out / "journal" / "jobs" / f"{rank.job}-rank{rank.index:05d}.log"
+        self._lines = ""
+        self._said = self._began = time.monotonic()
+
+    def __call__(self, progress: ExtractProgress) -> None:
+        if time.monotonic() - self._said >= console.PLAIN_EVERY_S:
+            self._say(f"{progress.done:,} of {progress.total:,} images are done by all ranks")
+
+    def wait(self) -> None:
+        """Rank 0 has not spoken yet."""
+        if time.monotonic() - self._said >= console.PLAIN_EVERY_S:
+            self._said = time.monotonic()
+            console.say(f"{self._rank} waits for rank 0 to read and plan the data")
+
+    def end(self, work: WorkProgress) -> None:
+        elapsed = time.monotonic() - self._began
+        self._say(f"done in {console.duration(elapsed)}; ms/image: {stages(work, elapsed)}")
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._rank}: {text}\n"
+        if isinstance(self._path, ObjectPath):  # nothing is appended to an object
+            self._lines += line
+            self._path.write([self._lines.encode()])
+            return
+        with self._path.open("a") as file:
+            file.write(line)
+
+    def __enter__(self) -> RankLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
+        if error is not None and self._path.parent.is_dir():
+            self._say(f"stopped: {type(error).__name__}: {error}")
+
+
+def stages(work: WorkProgress, elapsed_s: float) -> str:
+    """Of each stage, ms an image and its share of the workers' time, e.g. "encode 24.1 (96 %)".
+    The stages overlap, and decoding has several threads: the shares need not add up to 100 %."""
+    own = max(1, work.own)
+    return " ".join(
+        f"{stage} {1000 * seconds / own:.1f} ({100 * seconds / elapsed_s / work.workers:.0f} %)"
+        for stage, seconds in work.seconds.items()
+    )
+
+
 def _expected(preflight: Preflight) -> str:
     """E.g. "558,128 images to encode: 937.4 GB of 2.1 TB free, about 1 h 05 min"."""
     space = f"{console.size(preflight.nbytes)} "
@@ -196,7 +271,9 @@ def _expected(preflight: Preflight) -> str:
     return (
         f"{text}, about {console.duration(preflight.seconds)} (a probe took "
         f"{1000 * speed.encode_s:.3g} ms an image to encode, {1000 * speed.decode_s:.3g} ms to "
-        f"decode with {speed.workers} workers)"
+        f"decode with {console.count(speed.workers, 'thread')}"
+        + f"; {preflight.workers} workers)" * (preflight.workers > 1)
+        + ")" * (preflight.workers == 1)
     )
 
 
@@ -216,7 +293,9 @@ def _summary(dry_run: bool, result: ExtractResult) -> None:
         return
     console.say(
         f"{result.path}: {result.features:,} of {result.images:,} images have features "
-        f"({result.new:,} new, {console.duration(result.seconds)}, {_peak(result)})"
+        f"({result.new:,} new, {console.duration(result.seconds)}"
+        + f", {_peak(result)})" * bool(result.new)
+        + ")" * (not result.new)
     )
     if result.first_failure:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.failures.items())
@@ -238,5 +317,8 @@ def _told(failure: Failure) -> str:
 
 
 def _peak(result: ExtractResult) -> str:
-    gpu = f", {console.size(result.peak_gpu_bytes)} of GPU memory" * bool(result.peak_gpu_bytes)
-    return f"at most {console.size(result.peak_ram_bytes)} of RAM{gpu}"
+    work = result.work
+    each = " for each worker" * (work.workers > 1)
+    gpu = f" and {console.size(work.peak_gpu_bytes)} of GPU memory" * bool(work.peak_gpu_bytes)
+    lost = f"; {work.lost} workers were lost and replaced" * bool(work.lost)
+    return f"at most {console.size(work.peak_ram_bytes)} of RAM{gpu}{each}{lost}"

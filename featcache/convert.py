@@ -49,7 +49,7 @@ from featcache.extract import (
 )
 from featcache.files import PARTIAL, publish, publish_json, read_json, sync
 from featcache.hdf5 import Hdf5Form, is_hdf5, writing
-from featcache.index import build_arrays_from, enter_index, publish_index
+from featcache.index import build_arrays, enter_index, publish_index
 from featcache.journal import Commit, Journal, Plan, locked, num_rows
 from featcache.layout import Status, StoreInfo
 from featcache.object_path import require_disk
@@ -126,11 +126,12 @@ def convert(
         (_to_hdf5 if to_hdf5 else _to_zarr)(work, _place(out))
     except OSError as error:
         raise _write_error(out, error, to_hdf5) from error
-    lost = work.status[(store.index.status == Status.OK) & (work.status != Status.OK)]
+    made = Store(out)
+    before, after = store.index.status, made.index.status
+    lost = after[(before == Status.OK) & (after != Status.OK)]
     code_bytes = [
         sum(coded.code_bytes for coded in spec.layers.values()) for spec in (store.spec, work.spec)
     ]
-    made = Store(out)
     return ConvertResult(
         path=out,
         images=made.num_images,
@@ -200,7 +201,6 @@ class _Conversion:
         self.plans = [plan for plan, _ in files]
         self.raw_plans = {plan.generation: raw for plan, raw in files}
         self.rows = num_rows(self.plans)
-        self.status = np.full(self.rows, Status.UNUSED, np.uint8)
         self.info = replace(
             store.info,
             codec=codec.name,
@@ -280,9 +280,6 @@ class _Conversion:
 
     def note(self, commit: Commit, planned: int, *, resumed: bool = False) -> None:
         """Enter a shard that is in place. planned: how many of its images are."""
-        first = commit.shard * self.spec.images
-        here = self.status[first : first + self.spec.images]
-        here[:] = [record.status for record in commit.rows[: len(here)]]
         self._done += planned
         if resumed:
             self.resumed += planned
@@ -305,8 +302,7 @@ class _Conversion:
     def index_arrays(self, commit_of: Callable[[int], Commit]) -> dict[str, np.ndarray[Any, Any]]:
         """By name, as `publish_index` takes them. commit_of: a shard's new commit record."""
         if not self.same:
-            journal = Journal(self.plans, self.status, [])
-            return build_arrays_from(commit_of, self.info, journal)
+            return build_arrays(self.info, Journal.gather(self.plans, commit_of))
         info = self.store.info
         prefix = f"{info.index}/"
         return {

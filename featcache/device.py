@@ -1,6 +1,8 @@
-"""Which device to compute on."""
+"""Which device to compute on, and with how many cores."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -26,3 +28,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
             f"device {device} was asked for, but torch sees {there}; give auto or cpu"
         )
     return chosen
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

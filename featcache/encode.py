@@ -1,11 +1,21 @@
-"""Encoding pending shards: decode threads -> encoder -> codec -> shard buffer -> writer thread.
+"""Encoding shards: decode threads -> batches -> encoder -> codec -> shard buffer -> writer thread.
+
+Five stages that overlap, each with its own threads, so that the encoder never waits for another:
+
+1. *decode*: threads read, check, decode and resize images.
+2. a thread joins them to batches, page-locked, and copies those to the device.
+3. *encode*: the caller's thread runs the encoder.
+4. *quantise*: a thread codes the features on the device (on CUDA in a stream of its own), copies
+   them to the CPU and fills the shard's buffer.
+5. *write*: a thread publishes full buffers.
 
 The batches of a shard are fixed by its plan (its slots in order, `batch_size` at a time, never
 across shards), so an image is always computed in the same batch.
 
 RAM: `SHARDS_IN_MEMORY` shard buffers of every layer, `BATCHES_AHEAD` batches of uint8 pixels, and
-one image being decoded a worker (featcache/images.py); 645 MB (fp16), 28 MB, and 96 MB a worker for
-siglip2-so400m at 128 images a shard, batches of 16 and JPEG photos of 12 megapixels.
+one image being decoded a thread (featcache/images.py); 645 MB (fp16), 28 MB, and 96 MB a thread for
+siglip2-so400m at 128 images a shard, batches of 16 and JPEG photos of 12 megapixels. On the device:
+the encoder, and the pixels and features of three batches.
 
 Letters: B images of a batch, P patches, D encoder width.
 """
@@ -16,12 +26,13 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -35,19 +46,27 @@ from featcache.codecs import (
     StoredFeatures,
     storing_problems,
 )
-from featcache.encoders import Encoder
+from featcache.encoders import Encoded, Encoder, Pixels
 from featcache.errors import ImageError
 from featcache.images import decode, digest
-from featcache.journal import Plan
+from featcache.journal import Commit, Plan
 from featcache.layout import Status
+from featcache.mend import mend
 from featcache.object_path import StorePath
-from featcache.sources import ImageRef, Sources
+from featcache.sources import Sources
+from featcache.tasks import PlannedImage, ShardTask
 from featcache.writer import ShardBuffer, ShardSpec
 
+STAGES = ("decode", "wait", "encode", "quantise", "write")
+"""What time is told of. "decode" is summed over threads; "wait" is the encoder's, for pixels or for
+a free shard buffer; "encode" is the forward alone; "quantise" the codec, the copy to the CPU and
+the checksums; "write" the publishing. All but "wait" happen at the same time."""
 SHARDS_IN_MEMORY = 3
 """One being filled, one waiting, one being written."""
 BATCHES_AHEAD = 4
 """Batches decoded, or being decoded, ahead of the encoder."""
+_ENCODED_AHEAD = 2
+"""Batches encoded and not yet in their shard's buffer."""
 NOT_IN_A_BATCH = (
     Status.UNDECODABLE,
     Status.TOO_LARGE,
@@ -56,6 +75,35 @@ NOT_IN_A_BATCH = (
     Status.UNREADABLE,
 )
 """Of rows that gave the encoder no pixels: their batch was that much smaller."""
+
+
+class TaskSource(Protocol):
+    """Where shards to be encoded come from."""
+
+    def next(self, wait: bool) -> ShardTask | None:
+        """The next task; None where there is none yet and `wait` is false, or where there will be
+        none any more."""
+
+
+class Tasks:
+    """A `TaskSource` of tasks that are at hand."""
+
+    def __init__(self, tasks: Iterable[ShardTask]) -> None:
+        self._tasks = iter(tasks)
+
+    def next(self, wait: bool) -> ShardTask | None:
+        return next(self._tasks, None)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeProgress:
+    """done: images so far, those of shards that are not yet committed included; failed: of them
+    without features. seconds: of each of `STAGES`. backed_off: see `Encoder`."""
+
+    done: int
+    failed: int
+    seconds: dict[str, float]
+    backed_off: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,73 +119,117 @@ class _Loaded:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """A fixed batch: slots [first, first + len(images)) of a shard; last closes the shard."""
+    """A fixed batch of a shard: slots [first, first + len(loaded)).
 
-    shard: int
+    loaded: what became of each image, its pixels let go. good: places in it of those with pixels.
+    pixels: of those, on the device; None where there are none.
+    """
+
     first: int
-    images: list[Future[_Loaded]]
+    loaded: list[_Loaded]
+    good: list[int]
+    pixels: Pixels | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """A batch that is being decoded, or (batch None) a damaged shard to mend. last: of its
+    shard."""
+
+    task: ShardTask
+    batch: Future[_Batch] | None
     last: bool
 
 
-class ShardEncoder:
-    """Encodes shards and commits them one by one. Use as a context manager.
+@dataclass(slots=True)
+class _Counts:
+    """Written by several threads, each its own fields."""
 
-    seconds: time per stage so far: "decode" (summed over threads), "wait" (the encoder's, for
-    pixels or for a free shard buffer), "encode" (transfer, forward, codec), "write" (background).
-    """
+    done: int = 0
+    failed: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+
+class ShardEncoder:
+    """Encodes shards and commits them one by one. Use as a context manager."""
 
     def __init__(
-        self, root: StorePath, encoder: Encoder, spec: ShardSpec, sources: Sources, workers: int
+        self,
+        root: StorePath,
+        encoder: Encoder,
+        spec: ShardSpec,
+        decode_threads: int,
+        on_commit: Callable[[Commit], None] = lambda _: None,
     ) -> None:
-        """sources: where the image of a row may be."""
+        """on_commit: called with each shard's commit record once it is in place, on the writer's
+        thread."""
         # Pillow loads its plugins on first need, which two threads may have at once.
         Image.init()
+        self._root = root
         self._encoder = encoder
+        self._spec = spec
         self._layers = {name: layer.to(encoder.device) for name, layer in spec.layers.items()}
+        self._uncalibrated = any(
+            each.codec.scaled and each.channels is None for each in self._layers.values()
+        )
         self._pooled = next((c for c in CODECS.values() if c.dtype == spec.pooled_dtype), None)
-        self._sources = sources
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="featcache-decode")
-        self._writer = _ShardWriter(root, [ShardBuffer(spec) for _ in range(SHARDS_IN_MEMORY)])
-        self.seconds = dict.fromkeys(("decode", "wait", "encode", "write"), 0.0)
+        self._on_commit = on_commit
+        self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="featcache-decode")
+        self._joiner = ThreadPoolExecutor(1, thread_name_prefix="featcache-join")
+        self._coder = ThreadPoolExecutor(1, thread_name_prefix="featcache-code")
+        self._copies, self._codings = _stream(encoder.device), _stream(encoder.device)
+        self._counts = _Counts()
+        self._writer = _ShardWriter(root, spec, self._counts, on_commit)
+        self._mending: ShardBuffer | None = None
 
-    def run(self, pending: Sequence[tuple[Plan, int]]) -> Iterator[tuple[int, int]]:
-        """Encode and commit each (plan, shard); yields (rows done, of them failed) per batch.
+    def run(self, tasks: TaskSource) -> Iterator[EncodeProgress]:
+        """Encode and commit each task's shard; yields after each batch, and at the end.
 
-        Raises StoreError where the store cannot be written.
+        Raises StoreError where the store cannot be written, EncoderError where memory does not
+        suffice for a single image.
         """
-        done = failed = 0
-        ahead: deque[_Batch] = deque()
-        batches = self._batches(pending)
+        counts = self._counts
+        ahead: deque[_Coming] = deque()
+        coding: deque[Future[None]] = deque()
+        batches = self._batches(tasks, ahead)
         buffer: ShardBuffer | None = None
         while True:
-            while len(ahead) < BATCHES_AHEAD and (batch := next(batches, None)):
-                ahead.append(batch)
+            while len(ahead) < BATCHES_AHEAD and (coming := next(batches)):
+                ahead.append(coming)
             if not ahead:
                 break
-            batch = ahead.popleft()
+            coming = ahead.popleft()
+            if coming.batch is None:
+                counts.done += self._mend(coming.task)
+                yield self._progress()
+                continue
             waiting = time.perf_counter()
             if buffer is None:
-                buffer = self._writer.take(batch.shard)
-                buffer.seconds = dict.fromkeys(self.seconds, 0.0)
-            loaded = [future.result() for future in batch.images]
+                buffer = self._writer.take(coming.task.shard)
+            batch = coming.batch.result()
+            while len(coding) >= _ENCODED_AHEAD or (coding and coding[0].done()):
+                coding.popleft().result()
             encoding = time.perf_counter()
-            failed += self._encode(batch.first, loaded, buffer)
+            encoded = self._encode(batch)
             spent = {
-                "decode": sum(image.seconds for image in loaded),
+                "decode": sum(image.seconds for image in batch.loaded),
                 "wait": encoding - waiting,
                 "encode": time.perf_counter() - encoding,
             }
             for stage, seconds in spent.items():
                 buffer.seconds[stage] += seconds
-                self.seconds[stage] += seconds
-            done += len(loaded)
-            if batch.last:
-                self._writer.put(buffer)
+                counts.seconds[stage] += seconds
+            counts.done += len(batch.loaded)
+            coding.append(self._coder.submit(self._code, batch, encoded, buffer, coming.last))
+            if coming.last:
                 buffer = None
-            self.seconds["write"] = self._writer.seconds
-            yield done, failed
+            yield self._progress()
+        for future in coding:
+            future.result()
+        self._writer.wait()
+        yield self._progress()
 
-    def again(self, plan: Plan, buffer: ShardBuffer, slots: Collection[int]) -> None:
+    def again(self, task: ShardTask, buffer: ShardBuffer, slots: Collection[int]) -> None:
         """Encode these slots of a loaded shard once more, each in its batch of the plan, and leave
         the others as they are. Nothing is written.
 
@@ -146,20 +238,19 @@ class ShardEncoder:
         """
         fresh = ShardBuffer(buffer.spec)
         fresh.clear(buffer.shard)
-        first_row = buffer.shard * plan.shard_images
-        digests = plan.digests_of(buffer.shard)
 
         def load(slot: int) -> _Loaded:
             row = buffer.rows[slot]
             if slot not in slots and row.status in NOT_IN_A_BATCH:
                 return _Loaded(None, row.size, Status(row.status), row.detail, 0.0)
-            return load_pixels(self._encoder, self._sources, first_row + slot, digests[slot])
+            return load_pixels(self._encoder, task.images[slot])
 
-        for first in range(0, len(digests), plan.batch_size):
-            batch = range(first, min(first + plan.batch_size, len(digests)))
-            if not any(slot in slots for slot in batch):
+        for first in range(0, len(task.images), task.batch_size):
+            here = range(first, min(first + task.batch_size, len(task.images)))
+            if not any(slot in slots for slot in here):
                 continue
-            self._encode(first, list(self._pool.map(load, batch)), fresh)
+            batch = self._join(first, list(self._decoders.map(load, here)))
+            self._fill(batch, self._encode(batch), fresh)
         for slot in slots:
             row = fresh.rows[slot]
             if row.status == Status.OK:
@@ -176,63 +267,126 @@ class ShardEncoder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._joiner, self._decoders, self._coder):
+            pool.shutdown(wait=True, cancel_futures=True)
         self._writer.close()
         if error is None:
             self._writer.check()
 
-    def _batches(self, pending: Sequence[tuple[Plan, int]]) -> Iterator[_Batch]:
-        for plan, shard in pending:
-            digests = plan.digests_of(shard)
-            first_row = shard * plan.shard_images
-            for first in range(0, len(digests), plan.batch_size):
-                part = digests[first : first + plan.batch_size]
-                yield _Batch(
-                    shard,
-                    first,
-                    [
-                        self._pool.submit(
-                            load_pixels,
-                            self._encoder,
-                            self._sources,
-                            first_row + first + i,
-                            expected,
-                        )
-                        for i, expected in enumerate(part)
-                    ],
-                    last=first + len(part) == len(digests),
-                )
-
-    def _encode(self, first: int, loaded: Sequence[_Loaded], buffer: ShardBuffer) -> int:
-        """Encode one batch into the buffer; returns how many of its images have no features."""
-        good: list[int] = []
-        uncalibrated = any(
-            each.codec.scaled and each.channels is None for each in self._layers.values()
+    def _progress(self) -> EncodeProgress:
+        counts = self._counts
+        return EncodeProgress(
+            counts.done, counts.failed, dict(counts.seconds), self._encoder.backed_off
         )
-        for i, image in enumerate(loaded):
-            if image.pixels is None:
-                buffer.fail(first + i, image.status, image.detail, image.size)
-            elif uncalibrated:
-                # No image could be read when the codec was calibrated; now this one can.
-                detail = "could not be read a moment ago; extract again"
-                buffer.fail(first + i, Status.CHANGED, detail, image.size)
-            else:
-                good.append(i)
+
+    def _batches(self, tasks: TaskSource, ahead: deque[_Coming]) -> Iterator[_Coming | None]:
+        """The batches of all tasks, decoding begun; None where there is nothing now. Waits for a
+        task only where nothing is ahead."""
+        while True:
+            task = tasks.next(wait=not ahead)
+            if task is None:
+                yield None
+                continue
+            if task.was is not None:
+                yield _Coming(task, None, last=True)
+                continue
+            for first in range(0, len(task.images), task.batch_size):
+                part = task.images[first : first + task.batch_size]
+                images = [
+                    self._decoders.submit(load_pixels, self._encoder, image) for image in part
+                ]
+                batch = self._joiner.submit(self._joined, first, images)
+                yield _Coming(task, batch, last=first + len(part) == len(task.images))
+
+    def _joined(self, first: int, images: Sequence[Future[_Loaded]]) -> _Batch:
+        return self._join(first, [image.result() for image in images])
+
+    def _join(self, first: int, loaded: Sequence[_Loaded]) -> _Batch:
+        """The good ones of these images as one batch, on the encoder's device."""
+        good = [i for i, image in enumerate(loaded) if image.pixels is not None]
+        if self._uncalibrated:
+            # No image could be read when the codec was calibrated; now this one can.
+            detail = "could not be read a moment ago; extract again"
+            loaded = [
+                image
+                if image.pixels is None
+                else replace(image, pixels=None, status=Status.CHANGED, detail=detail)
+                for image in loaded
+            ]
+            good = []
+        told = [replace(image, pixels=None) for image in loaded]
         if not good:
-            return len(loaded)
-        pixels = [image.pixels for image in loaded if image.pixels is not None]
-        encoded = self._encoder.encode(self._encoder.collate(pixels))
-        stored: dict[str, StoredFeatures] = {}
-        reasons: list[str | None] = [None] * len(good)
+            return _Batch(first, told, good, None)
+        arrays = [image.pixels for image in loaded if image.pixels is not None]
+        pixels = self._encoder.collate(arrays)
+        if self._copies is not None:
+            with torch.cuda.stream(self._copies):
+                pixels = pixels.pin_memory().to(self._encoder.device)
+                self._copies.synchronize()
+        return _Batch(first, told, good, pixels)
+
+    def _encode(self, batch: _Batch) -> Encoded | None:
+        """The features of a batch's good images, computed when this returns."""
+        if batch.pixels is None:
+            return None
+        encoded = self._encoder.encode(batch.pixels)
+        if self._encoder.device.type == "cuda":
+            # The next batch is already on the device: the gap is one launch, and what other threads
+            # do with these features needs no order among streams.
+            torch.cuda.current_stream(self._encoder.device).synchronize()
+        return encoded
+
+    def _code(
+        self, batch: _Batch, encoded: Encoded | None, buffer: ShardBuffer, last: bool
+    ) -> None:
+        """Code a batch into its shard's buffer, and hand that on when it is full."""
+        start = time.perf_counter()
+        self._counts.failed += self._fill(batch, encoded, buffer)
+        seconds = time.perf_counter() - start
+        buffer.seconds["quantise"] += seconds
+        self._counts.seconds["quantise"] += seconds
+        if last:
+            self._writer.put(buffer)
+
+    @torch.inference_mode()
+    def _fill(self, batch: _Batch, encoded: Encoded | None, buffer: ShardBuffer) -> int:
+        """Code a batch into the buffer; returns how many of its images have no features."""
+        for i, image in enumerate(batch.loaded):
+            if image.status != Status.OK:
+                buffer.fail(batch.first + i, image.status, image.detail, image.size)
+        if encoded is None:
+            return len(batch.loaded)
+        with nullcontext() if self._codings is None else torch.cuda.stream(self._codings):
+            stored, pooled, reasons = self._stored(encoded)
+        failed = len(batch.loaded) - len(batch.good)
+        for j, (i, reason) in enumerate(zip(batch.good, reasons, strict=True)):
+            slot, size = batch.first + i, batch.loaded[i].size
+            if reason is not None:
+                name, detail = reason.split(": ", 1)
+                buffer.fail(slot, Status[name.upper()], detail, size)
+                failed += 1
+                continue
+            features = {name: values[j : j + 1] for name, values in stored.items()}
+            buffer.set(slot, features, None if pooled is None else pooled[j], size)
+        return failed
+
+    def _stored(
+        self, encoded: Encoded
+    ) -> tuple[dict[str, StoredFeatures], Tensor | None, list[str | None]]:
+        """Each layer and the pooled outputs as they are stored, on the CPU; for each image, None
+        or why it cannot be stored."""
+        count = len(next(iter(encoded.features.values())))
+        reasons: list[str | None] = [None] * count
 
         def note(wrong: list[str | None], output: str) -> None:
             for i, reason in enumerate(wrong):
                 reasons[i] = reasons[i] or (reason and f"{reason} ({output})")
 
+        stored: dict[str, StoredFeatures] = {}
         for name, values in encoded.features.items():
             kept, wrong = self._layers[name].encode(values)
             note(wrong, f"layer {name}")
-            stored[name] = kept.to("cpu")
+            stored[name] = kept.to("cpu", non_blocking=False)
         pooled = None
         if self._pooled is not None:
             assert encoded.pooled is not None
@@ -240,28 +394,31 @@ class ShardEncoder:
             finite = self._pooled.is_finite(pooled, None)
             note(storing_problems(encoded.pooled, finite, self._pooled), "pooled")
             pooled = pooled.cpu()
-        failed = len(loaded) - len(good)
-        for j, i in enumerate(good):
-            reason = reasons[j]
-            if reason is not None:
-                name, detail = reason.split(": ", 1)
-                buffer.fail(first + i, Status[name.upper()], detail, loaded[i].size)
-                failed += 1
-                continue
-            features = {name: values[j : j + 1] for name, values in stored.items()}
-            buffer.set(first + i, features, None if pooled is None else pooled[j], loaded[i].size)
-        return failed
+        return stored, pooled, reasons
+
+    def _mend(self, task: ShardTask) -> int:
+        """Write a damaged shard again, without losing its good rows; returns its images."""
+        if self._mending is None:
+            self._mending = ShardBuffer(self._spec)
+        commit, _ = mend(self._root, self._mending, task, lambda: self, retry=True)
+        self._on_commit(commit)
+        return len(task.images)
 
 
-def load_pixels(encoder: Encoder, sources: Sources, row: int, expected: bytes) -> _Loaded:
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    """For work beside the encoder's, on CUDA."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def load_pixels(encoder: Encoder, image: PlannedImage) -> _Loaded:
     """Read, check, decode and resize one image; runs on a decode thread."""
     start = time.perf_counter()
     size = (0, 0)
     pixels, status, detail = None, Status.OK, ""
     try:
-        data = _find(sources.refs(row), expected)
-        image, size = decode(data)
-        pixels = encoder.preprocess(image)
+        data = _find(image)
+        decoded, size = decode(data)
+        pixels = encoder.preprocess(decoded)
     except ImageError as error:
         status, detail = Status[error.reason.upper()], error.detail
     except MemoryError:
@@ -269,20 +426,20 @@ def load_pixels(encoder: Encoder, sources: Sources, row: int, expected: bytes) -
     return _Loaded(pixels, size, status, detail, time.perf_counter() - start)
 
 
-def _find(refs: Sequence[ImageRef], expected: bytes) -> bytes:
+def _find(image: PlannedImage) -> bytes:
     """The planned image's bytes, from the first place that holds them.
 
     Raises ImageError where none does: "changed" if there is a file with other bytes, else as
     `ImageRef.read` of the first.
     """
     errors: list[ImageError] = []
-    for ref in refs:
+    for ref in image.refs:
         try:
             data = ref.read()
         except ImageError as error:
             errors.append(error)
             continue
-        if digest(data) == expected:
+        if digest(data) == image.digest:
             return data
         changed = f"{ref} changed after the scan; extract again"
         errors.insert(0, ImageError("changed", changed))
@@ -292,26 +449,39 @@ def _find(refs: Sequence[ImageRef], expected: bytes) -> bytes:
 class _ShardWriter:
     """Publishes full buffers on one background thread and hands them back empty."""
 
-    def __init__(self, root: StorePath, buffers: list[ShardBuffer]) -> None:
-        self._root = root
+    def __init__(
+        self, root: StorePath, spec: ShardSpec, counts: _Counts, on_commit: Callable[[Commit], None]
+    ) -> None:
+        self._root, self._spec = root, spec
+        self._counts, self._on_commit = counts, on_commit
+        self._made = 0
         self._free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
-        self._full: queue.SimpleQueue[ShardBuffer | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[ShardBuffer | threading.Event | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        self.seconds = 0.0
-        for buffer in buffers:
-            self._free.put(buffer)
         self._thread = threading.Thread(target=self._write, name="featcache-write", daemon=True)
         self._thread.start()
 
     def take(self, shard: int) -> ShardBuffer:
         """A cleared buffer; waits for one. Raises the error of an earlier write."""
-        buffer = self._free.get()
+        if self._free.empty() and self._made < SHARDS_IN_MEMORY:
+            self._made += 1
+            buffer = ShardBuffer(self._spec)
+        else:
+            buffer = self._free.get()
         self.check()
         buffer.clear(shard)
+        buffer.seconds = dict.fromkeys(STAGES, 0.0)
         return buffer
 
     def put(self, buffer: ShardBuffer) -> None:
         self._full.put(buffer)
+
+    def wait(self) -> None:
+        """Until all that was put is published. Raises the error of an earlier write."""
+        written = threading.Event()
+        self._full.put(written)
+        written.wait()
+        self.check()
 
     def check(self) -> None:
         """Raise what went wrong while writing, if anything did."""
@@ -324,14 +494,18 @@ class _ShardWriter:
         self._thread.join()
 
     def _write(self) -> None:
-        while (buffer := self._full.get()) is not None:
+        while (full := self._full.get()) is not None:
+            if isinstance(full, threading.Event):
+                full.set()
+                continue
             if self._error is None:
                 try:
-                    commit = buffer.publish(self._root)
-                    self.seconds += commit.seconds["write"]
+                    commit = full.publish(self._root)
+                    self._counts.seconds["write"] += commit.seconds["write"]
+                    self._on_commit(commit)
                 except BaseException as error:
                     self._error = error
-            self._free.put(buffer)
+            self._free.put(full)
 
 
 def calibration_order(count: int) -> list[int]:
@@ -344,7 +518,7 @@ def calibration_order(count: int) -> list[int]:
 
 
 def calibrate(
-    encoder: Encoder, codec: Codec, plans: Sequence[Plan], sources: Sources, workers: int
+    encoder: Encoder, codec: Codec, plans: Sequence[Plan], sources: Sources, decode_threads: int
 ) -> dict[str, Tensor]:
     """{layer: float32[2, D] on the CPU}: a scaled codec's static channel values.
 
@@ -355,7 +529,7 @@ def calibrate(
     Image.init()
     for plan in plans:
         taken: dict[str, list[Tensor]] = {layer: [] for layer in encoder.layers}
-        source = islice(_pixels(encoder, plan, sources, workers), CALIBRATION_IMAGES)
+        source = islice(_pixels(encoder, plan, sources, decode_threads), CALIBRATION_IMAGES)
         while batch := list(islice(source, plan.batch_size)):
             features = encoder.encode(encoder.collate(batch)).features
             for layer, values in features.items():
@@ -369,15 +543,16 @@ def calibrate(
 
 
 def _pixels(
-    encoder: Encoder, plan: Plan, sources: Sources, workers: int
+    encoder: Encoder, plan: Plan, sources: Sources, decode_threads: int
 ) -> Iterator[np.ndarray[Any, Any]]:
     """Of a plan's images that can be read, in `calibration_order`."""
     count = len(plan.new_digests)
     order = calibration_order(count)
-    with ThreadPoolExecutor(workers, thread_name_prefix="featcache-decode") as pool:
+    with ThreadPoolExecutor(decode_threads, thread_name_prefix="featcache-decode") as pool:
         for start in range(0, count, CALIBRATION_IMAGES):
             part = order[start : start + CALIBRATION_IMAGES]
-            rows = [plan.first_row + i for i in part]
-            expected = [plan.new_digests[i] for i in part]
-            images = pool.map(load_pixels, repeat(encoder), repeat(sources), rows, expected)
+            planned = [
+                PlannedImage(plan.new_digests[i], *sources.refs(plan.first_row + i)) for i in part
+            ]
+            images = pool.map(load_pixels, repeat(encoder), planned)
             yield from (image.pixels for image in images if image.pixels is not None)

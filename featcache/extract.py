@@ -3,16 +3,15 @@
 What decides the bytes of a shard is fixed before work starts (the plan, and the batch
 boundaries within each shard), so they do not depend on kills, reruns or the number of workers.
 
-RAM: what featcache/encode.py states, and about 2 KB a record while the data files are read and
-planned: 1.2 GB for 558K images.
+RAM: what featcache/worker.py states for each worker, and in the process that plans about 2 KB a
+record while the data files are read and planned: 1.2 GB for 558K images.
 """
 
 from __future__ import annotations
 
 import contextlib
-import resource
+import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,11 +23,20 @@ from torch import Tensor
 
 from featcache import layout
 from featcache.codecs import Codec, get_codec
-from featcache.encode import ShardEncoder, calibrate
-from featcache.encoders import Encoder, load_encoder
-from featcache.errors import ConfigError, ManifestError, StoreError
+from featcache.device import num_cores
+from featcache.errors import ConfigError, FeatcacheError, ManifestError, StoreError
+from featcache.executors import Executor, open_executor
+from featcache.executors.ranks import (
+    Rank,
+    RankExecutor,
+    Word,
+    forget,
+    listen,
+    rank_from,
+    tell,
+)
 from featcache.files import publish, publish_json
-from featcache.fingerprint import fingerprint, require_same
+from featcache.fingerprint import require_same
 from featcache.index import Index, compile_index, is_current, remove_old
 from featcache.journal import Failure, Journal, Plan, locked, merge, num_rows
 from featcache.layout import (
@@ -40,12 +48,14 @@ from featcache.layout import (
     write_array,
 )
 from featcache.manifests import Manifest, read_manifest
-from featcache.mend import ShardMender
+from featcache.mend import Records
 from featcache.object_path import ObjectPath, StorePath
 from featcache.planning import plan_extraction
-from featcache.probe import Speed, probe_speed
-from featcache.sources import ImageRef, Sources
-from featcache.store import blank_spec, shard_spec
+from featcache.probe import Speed
+from featcache.sources import Sources
+from featcache.store import blank_spec
+from featcache.tasks import PendingTasks
+from featcache.worker import EncoderInfo, WorkerOptions, WorkProgress
 from featcache.writer import write_error
 
 DEFAULT_BATCH_SIZE = {"cuda": 64, "cpu": 16}
@@ -62,8 +72,9 @@ class ExtractOptions:
 
     model: registered name, hub id or folder. data, image_root: see `read_manifest`.
     layers: stored outputs, see `Encoder`. batch_size: images per forward; None chooses by device.
-    shard_images: rows a shard; None takes the store's, 128 for a new one. workers: decoding
-    threads. limit: only the first images.
+    shard_images: rows a shard; None takes the store's, 128 for a new one.
+    executor, workers: see `open_executor`. decode_threads: of each worker that decode images; None
+    takes a core's worth each. limit: only the first images.
     max_failures: ratio of images without features above which the result is not ok.
     force: begin although the disk seems too small.
     """
@@ -77,7 +88,9 @@ class ExtractOptions:
     batch_size: int | None = None
     device: str = "cpu"
     shard_images: int | None = None
-    workers: int = 2
+    executor: str = "local"
+    workers: int | None = None
+    decode_threads: int | None = None
     limit: int | None = None
     max_failures: float = 0.01
     random_weights: bool = False
@@ -91,36 +104,37 @@ class Preflight:
 
     images: to encode; nbytes: that it adds; free_bytes: where the store is or will be, None in a
     bucket, which has no end.
-    speed: of a few images, None where there are too few to tell or none can be read.
+    speed: of one worker at a few images, None where there are too few to tell or none can be read.
+    workers: how many there are.
     """
 
     images: int
     nbytes: int
     free_bytes: int | None
     speed: Speed | None
+    workers: int = 1
 
     @property
     def seconds(self) -> float | None:
-        """For all of them, at that speed."""
-        return None if self.speed is None else self.images / self.speed.images_per_s
+        """For all of them, at that speed of each worker."""
+        if self.speed is None:
+            return None
+        return self.images / self.speed.images_per_s / self.workers
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractProgress:
     """A snapshot for display; each stage begins with one of done = 0.
 
-    stage: "scan" (hashing image files) or "encode". seconds: per stage of the pipeline, so far.
+    stage: "scan" (hashing image files) or "encode". work: of all workers, so far.
     preflight: with the first one of "encode".
-    backed_off: (images that did not fit into the encoder's memory, images that then did), or None.
     """
 
     stage: str
     done: int
     total: int
-    failed: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    work: WorkProgress = field(default_factory=WorkProgress)
     preflight: Preflight | None = None
-    backed_off: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +145,8 @@ class ExtractResult:
     whose file can be read); new: images encoded by this run; failures: {reason: count};
     first_failure: of the first image in the data's order that has none;
     skipped: {reason: (count, the first one's file and line)} of records that cannot be used;
-    preflight: what was expected before the first image.
-    peak_ram_bytes: of this process so far; peak_gpu_bytes: as torch allocated them, 0 on the CPU.
+    preflight: what was expected before the first image. work: what the workers did, in
+    encoding_s seconds from the first task to the last commit record.
     ok: the failures are within what was allowed, and none is an overflow of the codec.
     """
 
@@ -145,8 +159,8 @@ class ExtractResult:
     skipped: dict[str, tuple[int, str]]
     preflight: Preflight
     seconds: float
-    peak_ram_bytes: int
-    peak_gpu_bytes: int
+    encoding_s: float
+    work: WorkProgress
     ok: bool
 
 
@@ -155,6 +169,8 @@ OnProgress = Callable[[ExtractProgress], None]
 
 def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -> ExtractResult:
     """Bring the store at `options.out` up to date with the data; run again after any stop.
+
+    Under torchrun or srun rank 0 does so, with the others' help: they call `assist`.
 
     Raises ManifestError, EncoderError, ConfigError, StoreError (another extraction is running,
     the disk is full or too small), FingerprintMismatch (the store was made by other means).
@@ -167,24 +183,85 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
         raise ManifestError(f"{manifest.files[0]}: no record names an image; nothing to extract")
     # Only the keys are needed from here on; 558K records with their texts are most of a GB.
     manifest.records.clear()
-    encoder = load_encoder(
-        options.model,
+    with _executor(options) as executor:
+        encoder = executor.describe()
+        try:
+            _require_ours(options.out)
+            with contextlib.nullcontext() if options.dry_run else locked(options.out):
+                if isinstance(executor, RankExecutor) and not options.dry_run:
+                    forget(options.out)
+                result = _update(options, executor, encoder, codec, manifest, keys, on_progress)
+        except OSError as error:
+            raise write_error(options.out, error) from error
+        except FeatcacheError as error:
+            if isinstance(executor, RankExecutor) and (options.out / "journal").is_dir():
+                tell(options.out, executor.rank, Word(error=str(error)))
+            raise
+    return replace(result, seconds=time.monotonic() - start)
+
+
+def assist(
+    options: ExtractOptions,
+    rank: Rank,
+    on_progress: OnProgress = lambda _: None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> WorkProgress:
+    """What the ranks other than 0 do: wait for rank 0's plan, then encode until all is committed.
+
+    on_wait: called while waiting. Returns what this rank did.
+    Raises as `extract`, and StoreError where rank 0 gave up.
+    """
+    out = options.out
+    with RankExecutor(_worker_options(options, rank.local_world), rank) as executor:
+        word = listen(out, rank, on_wait)
+        try:
+            info = StoreInfo.load(out)
+            require_same(
+                info.fingerprint,
+                executor.describe().fingerprint,
+                left_name=str(out),
+                right_name=str(rank),
+                cure="run the same command with the same versions on every rank",
+            )
+            journal = Journal.load(out, word.generation)
+            tasks = _tasks(out, info, journal, journal.plans, journal.pending, word.image_root)
+            total = sum(tasks.images)
+            work = WorkProgress()
+            for work in executor.run(tasks):
+                on_progress(ExtractProgress("encode", work.done, total, work))
+        except OSError as error:
+            raise write_error(out, error) from error
+    return work
+
+
+def _executor(options: ExtractOptions) -> Executor:
+    if (rank := rank_from(os.environ)) is not None:
+        if options.executor != "local" or options.workers not in (None, 1):
+            raise ConfigError(
+                f"this is {rank}: the launcher starts the workers; leave out --executor and "
+                "--workers"
+            )
+        return RankExecutor(_worker_options(options, rank.local_world), rank)
+    workers = options.workers or 1
+    return open_executor(options.executor, options.workers, _worker_options(options, workers))
+
+
+def _worker_options(options: ExtractOptions, workers: int) -> WorkerOptions:
+    """workers: that share this machine."""
+    return WorkerOptions(
+        out=options.out,
+        model=options.model,
         layers=options.layers,
         device=options.device,
         random_weights=options.random_weights,
+        decode_threads=options.decode_threads or max(1, num_cores() // workers),
     )
-    try:
-        _require_ours(options.out)
-        with contextlib.nullcontext() if options.dry_run else locked(options.out):
-            result = _update(options, encoder, codec, manifest, keys, on_progress)
-    except OSError as error:
-        raise write_error(options.out, error) from error
-    return replace(result, seconds=time.monotonic() - start)
 
 
 def _update(
     options: ExtractOptions,
-    encoder: Encoder,
+    executor: Executor,
+    encoder: EncoderInfo,
     codec: Codec,
     manifest: Manifest,
     keys: list[str],
@@ -200,18 +277,18 @@ def _update(
         keys,
         root,
         info.shard_images,
-        options.batch_size or DEFAULT_BATCH_SIZE[encoder.device.type],
-        options.workers,
+        options.batch_size or DEFAULT_BATCH_SIZE[encoder.device],
+        options.decode_threads or num_cores(),
         lambda done: on_progress(ExtractProgress("scan", done, len(keys))),
     )
     plans, pending = list(journal.plans), list(journal.pending)
     if plan:
         plans.append(plan)
         pending += [(plan, shard) for shard in plan.shards]
-    new = sum(len(each.digests_of(shard)) for each, shard in pending)
+    tasks = _tasks(out, info, journal, plans, pending, root)
+    new = sum(tasks.images)
     blank = blank_spec(info)
-    nbytes = sum(blank.bytes_of(len(each.digests_of(shard))) for each, shard in pending)
-    nbytes += new * BOOKKEEPING_BYTES_PER_ROW
+    nbytes = sum(map(blank.bytes_of, tasks.images)) + new * BOOKKEEPING_BYTES_PER_ROW
     free_bytes = require_space(
         options.out,
         nbytes,
@@ -219,13 +296,14 @@ def _update(
         "with --force",
         force=options.force,
     )
-    sources = Sources(plans, root)
     speed = None
     batch_size = pending[0][0].batch_size if pending else 0
     if new > (0 if options.dry_run else PROBED_BATCHES * batch_size):
-        speed = probe_speed(encoder, _some_images(sources, pending), batch_size, options.workers)
-    preflight = Preflight(new, nbytes, free_bytes, speed)
+        first = [image.refs[0] for image in tasks[0].images]
+        speed = executor.probe(first, batch_size)
+    preflight = Preflight(new, nbytes, free_bytes, speed, executor.workers)
 
+    work, encoding_s = WorkProgress(), 0.0
     if options.dry_run:
         missing = merge(plans).missing
         lost = [missing[key] for key in keys if key in missing]
@@ -234,24 +312,25 @@ def _update(
         on_progress(ExtractProgress("encode", 0, new, preflight=preflight))
         if pending:
             if codec.scaled:
-                _calibrate(out, info, encoder, codec, plans, sources, options.workers)
-            spec = shard_spec(out, info)
-            with ShardEncoder(out, encoder, spec, sources, options.workers) as work:
-                absent, before = _mend(out, info, plans, work, pending)
-                if before:
-                    on_progress(ExtractProgress("encode", before, new))
-                for done, failed in work.run(absent):
-                    now = ExtractProgress("encode", before + done, new, failed, work.seconds)
-                    on_progress(replace(now, backed_off=encoder.backed_off))
+                _calibrate(out, info, executor, root)
+            if isinstance(executor, RankExecutor):
+                tell(out, executor.rank, Word(plans[-1].generation, root))
+            began = time.monotonic()
+            for work in executor.run(tasks):
+                on_progress(ExtractProgress("encode", work.done, new, work))
+            encoding_s = time.monotonic() - began
+        elif isinstance(executor, RankExecutor):
+            tell(out, executor.rank, Word(plans[-1].generation if plans else 0, root))
+        journal = Journal.load(out) if plan or pending else journal
         if plan or pending or not is_current(out, info, journal):
-            compile_index(out, info, Journal.load(out))
+            compile_index(out, info, journal)
         remove_old(out, info)
         index = Index.load(out, info)
         rows = zip(keys, index.find(keys).tolist(), strict=True)
         lost = [index.failures[key] for key, row in rows if row < 0]
     failures = Counter(failure.reason for failure in lost)
     skipped = Counter(record.reason for record in manifest.skipped)
-    first = {record.reason: record.origin for record in reversed(manifest.skipped)}
+    first_of = {record.reason: record.origin for record in reversed(manifest.skipped)}
     return ExtractResult(
         path=out,
         images=len(keys),
@@ -259,37 +338,25 @@ def _update(
         new=new,
         failures=dict(failures),
         first_failure=lost[0] if lost else None,
-        skipped={reason: (count, first[reason]) for reason, count in skipped.items()},
+        skipped={reason: (count, first_of[reason]) for reason, count in skipped.items()},
         preflight=preflight,
         seconds=0.0,
-        peak_ram_bytes=_peak_ram_bytes(),
-        peak_gpu_bytes=_peak_gpu_bytes(encoder),
+        encoding_s=encoding_s,
+        work=work,
         ok=len(lost) <= options.max_failures * len(keys) and not failures[Status.OVERFLOW.reason],
     )
 
 
-def _mend(
+def _tasks(
     out: StorePath,
     info: StoreInfo,
+    journal: Journal,
     plans: Sequence[Plan],
-    work: ShardEncoder,
-    pending: Sequence[tuple[Plan, int]],
-) -> tuple[list[tuple[Plan, int]], int]:
-    """Write those shards again that were there and are damaged, without losing their good rows.
-    Returns the others, which are yet to be encoded, and how many images were in these.
-
-    Raises StoreError where the store cannot be written.
-    """
-    mender = ShardMender(out, info, plans, lambda: work)
-    absent, done = [], 0
-    for plan, shard in pending:
-        rows = mender.records(plan, shard)
-        if rows is None:
-            absent.append((plan, shard))
-            continue
-        mender.mend(plan, shard, rows, retry=True)
-        done += len(plan.digests_of(shard))
-    return absent, done
+    pending: list[tuple[Plan, int]],
+    image_root: str,
+) -> PendingTasks:
+    sources, records = Sources(plans, image_root), Records(out, info, plans)
+    return PendingTasks(pending, sources, records, journal.recorded)
 
 
 def _require_ours(out: StorePath) -> None:
@@ -306,20 +373,20 @@ def _require_ours(out: StorePath) -> None:
 
 
 def _describe(
-    encoder: Encoder, codec: Codec, options: ExtractOptions, manifest: Manifest
+    encoder: EncoderInfo, codec: Codec, options: ExtractOptions, manifest: Manifest
 ) -> StoreInfo:
     """The description of the store to be: that of the one there, where it is of the same making.
 
     Raises StoreError, FingerprintMismatch, ConfigError.
     """
     info = StoreInfo(
-        fingerprint=fingerprint(encoder),
+        fingerprint=encoder.fingerprint,
         codec=codec.name,
         layers=list(encoder.layers),
         num_patches=encoder.num_patches,
         width=encoder.width,
         shard_images=options.shard_images or DEFAULT_SHARD_IMAGES,
-        pooled=encoder.model.use_head,
+        pooled=encoder.pooled,
     )
     # Wherever a store was begun: what says how its features were made may be lost.
     begun = ("zarr.json", layout.copy_path("zarr.json"), layout.plan_path(1))
@@ -397,22 +464,14 @@ def metadata(info: StoreInfo, codec: Codec, rows: int) -> dict[str, Any]:
     return found
 
 
-def _calibrate(
-    root: StorePath,
-    info: StoreInfo,
-    encoder: Encoder,
-    codec: Codec,
-    plans: Sequence[Plan],
-    sources: Sources,
-    workers: int,
-) -> None:
+def _calibrate(root: StorePath, info: StoreInfo, executor: Executor, image_root: str) -> None:
     """Measure the channel values of a scaled codec, once in a store's life: when there is an image
     to measure them on. Raises OSError."""
     paths = {layer: layout.channels_path(layer) for layer in info.layers}
     if all(path in info.checksums for path in paths.values()):
         return
-    for layer, channels in calibrate(encoder, codec, plans, sources, workers).items():
-        write_channels(root, info, layer, channels)
+    for layer, channels in executor.calibrate(image_root).items():
+        write_channels(root, info, layer, torch.from_numpy(channels))
     info.save(root)
 
 
@@ -442,19 +501,3 @@ def require_space(out: StorePath, needed: int, cure: str, *, force: bool = False
             f"free some space, {cure}"
         )
     return free
-
-
-def _some_images(sources: Sources, pending: Sequence[tuple[Plan, int]]) -> list[ImageRef]:
-    """The likeliest places of the images that come first."""
-    plan, shard = pending[0]
-    rows = range(shard * plan.shard_images, shard * plan.shard_images + len(plan.digests_of(shard)))
-    return [sources.refs(row)[0] for row in rows]
-
-
-def _peak_ram_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _peak_gpu_bytes(encoder: Encoder) -> int:
-    return torch.cuda.max_memory_allocated(encoder.device) if encoder.device.type == "cuda" else 0

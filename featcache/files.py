@@ -149,13 +149,28 @@ def with_checksum(document: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "checksum": xxhash.xxh3_64_hexdigest(canonical)}
 
 
+_CHECKSUM = b', "checksum": "'
+
+
+def seal_json(document: dict[str, Any]) -> bytes:
+    """A JSON object on one line, whose last field is xxh3_64 of all bytes before it.
+
+    As quick as the json module is, unlike indented JSON: a store has one a shard.
+    Raises ValueError for NaN or infinity.
+    """
+    body = json.dumps(document, allow_nan=False).encode()[:-1]
+    return body + _CHECKSUM + xxhash.xxh3_64_hexdigest(body).encode() + b'"}\n'
+
+
 def unseal_json(content: bytes) -> dict[str, Any]:
-    """The document of which `content` is `render_json` of `with_checksum`. Raises ValueError for
-    any change, be it only of a blank."""
-    document: dict[str, Any] = json.loads(content)
-    if not isinstance(document, dict) or render_json(with_checksum(document)) != content:
-        raise ValueError("it does not match its checksum")
-    return document
+    """What `seal_json` was given. Raises ValueError for any change, be it only of a blank."""
+    body = content[: -len(_CHECKSUM) - 19]
+    if seal := content[len(body) :]:
+        expected = _CHECKSUM + xxhash.xxh3_64_hexdigest(body).encode() + b'"}\n'
+        if seal == expected:
+            document: dict[str, Any] = json.loads(body + b"}")
+            return document
+    raise ValueError("it does not match its checksum")
 
 
 def append_checksum(buffer: io.BytesIO) -> None:

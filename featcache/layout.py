@@ -10,6 +10,7 @@
       index/<n>/<array>/c/0            what is where; the attribute `index` names the valid one
       journal/plan-<generation>.npz    which images go into which rows; written before any work
       journal/commit-<shard>.json      written last, when all of the shard's files are in place
+      journal/jobs/                    what the ranks of a job told each other
       journal/copy/                    second copies of what nothing else could tell: the root's
                                        zarr.json, the plans, the channels
 
@@ -45,7 +46,7 @@ from featcache.files import (
 )
 from featcache.object_path import ObjectPath, StorePath
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHUNK_ALIGNMENT_BYTES = 4096
 """Inner chunks start at multiples of this, so that O_DIRECT can read them."""
 MISSING = np.uint64(2**64 - 1)
@@ -268,6 +269,10 @@ def copy_path(path: str) -> str:
 
 def pooled_path(shard: int) -> str:
     return f"pooled/c/{shard}/0"
+
+
+JOBS = "journal/jobs/"
+"""Below it, what ranks of a job tell each other; of no use when the job has ended."""
 
 
 def plan_path(generation: int) -> str:

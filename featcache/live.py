@@ -27,6 +27,7 @@ from featcache.layout import Status
 from featcache.object_path import require_disk
 from featcache.repair import encoder_of, sources_of
 from featcache.store import Store, codecs_before
+from featcache.tasks import PlannedImage
 
 COMPUTE_NOISE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Relative L2 error between two correct passes: other batch, other threads, other kernels."""
@@ -112,7 +113,8 @@ def compare_live(
     compared = 0
     for row in rows.tolist():
         where = f"row {row} ({key_of(plans, row)})"
-        loaded = load_pixels(encoder, sources, row, store.index.digests[row].tobytes())
+        image = PlannedImage(store.index.digests[row].tobytes(), *sources.refs(row))
+        loaded = load_pixels(encoder, image)
         if loaded.pixels is None:
             not_compared.append(f"{where}: {loaded.status.reason}: {loaded.detail}")
             continue

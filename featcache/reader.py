@@ -12,7 +12,6 @@ Letters: I images of a batch, P patches, D encoder width, C codes of a patch.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from featcache.buffers import Buffers, allocate
 from featcache.codecs import LayerCodec, StoredFeatures
+from featcache.device import num_cores
 from featcache.errors import ConfigError, StoreError
 from featcache.gather import Pool, open_pool
 from featcache.layout import Placement
@@ -74,13 +74,6 @@ class ReaderOptions:
             raise ConfigError("pin_memory=True: there is no CUDA device to copy to")
 
 
-def _num_cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @dataclass(frozen=True, slots=True)
 class _Failed:
     """A batch whose rows cannot be read."""
@@ -121,7 +114,7 @@ class FeatureReader:
         """
         self.mode = mode
         self.options = options
-        at_most = _DIRECT_THREADS if mode.direct else min(_BUFFERED_THREADS, _num_cores())
+        at_most = _DIRECT_THREADS if mode.direct else min(_BUFFERED_THREADS, num_cores())
         self.threads = threads = options.threads or at_most
         self._layer = layer
         self._again = again

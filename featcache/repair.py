@@ -9,6 +9,7 @@ RAM: two buffers of a shard, and what `verify` takes.
 
 from __future__ import annotations
 
+import functools
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,12 +27,13 @@ from featcache.errors import FeatcacheError, StoreError
 from featcache.files import publish
 from featcache.fingerprint import fingerprint, require_same
 from featcache.index import compile_index, remove_old
-from featcache.journal import Journal, Plan, RowRecord, key_of, locked, num_rows
+from featcache.journal import Commit, Journal, Plan, RowRecord, key_of, locked
 from featcache.layout import Status, StoreInfo, array_checksum, write_array
-from featcache.mend import ShardMender
+from featcache.mend import Records, mend
 from featcache.planning import RETRIED
 from featcache.sources import Sources
-from featcache.store import codecs_before, form_of, shard_spec
+from featcache.store import blank_spec, codecs_before, form_of, shard_spec
+from featcache.tasks import ShardTask, task_of
 from featcache.verify import (
     RECOMPILE,
     Inspection,
@@ -41,7 +43,7 @@ from featcache.verify import (
     inspect,
     require_folder,
 )
-from featcache.writer import write_error
+from featcache.writer import ShardBuffer, write_error
 
 
 def repair(
@@ -132,8 +134,8 @@ def _repair(
 def _compile(found: Inspection, info: StoreInfo) -> None:
     """The index anew, where the journal can tell it and it is wrong."""
     if found.index_known and any(problem.cure == RECOMPILE for problem in found.problems):
-        plans = found.finished
-        compile_index(found.root, info, Journal(plans, found.status[: num_rows(plans)], []))
+        records = functools.partial(Commit.load_record, found.root)
+        compile_index(found.root, info, Journal.gather(found.finished, records))
 
 
 class _ShardRepair:
@@ -153,7 +155,7 @@ class _ShardRepair:
     ) -> None:
         self._root, self._info, self._plans = found.root, info, found.plans
         self._workers, self._model, self._images = workers, model, images
-        self._mender = ShardMender(found.root, info, found.plans, self._ready)
+        self._records = Records(found.root, info, found.plans)
         self._encoder: Encoder | FeatcacheError | None = None
         self._work: ShardEncoder | None = None
         self._stack = ExitStack()
@@ -176,18 +178,19 @@ class _ShardRepair:
 
         Raises FeatcacheError where that cannot be done; the shard then stays as it is.
         """
-        rows = self._mender.records(plan, shard)
-        if rows is None:
-            self._encode_all(plan, shard)
+        task = task_of(self._sources, plan, shard, self._records.of(plan, shard))
+        if task.was is None:
+            self._encode_all(task)
             return
-        for slot, record in self._mender.mend(plan, shard, rows).items():
+        _, damaged = mend(self._root, self._buffer, task, self._ready)
+        for slot, record in damaged.items():
             self._tell(shard * plan.shard_images + slot, record)
 
-    def _encode_all(self, plan: Plan, shard: int) -> None:
+    def _encode_all(self, task: ShardTask) -> None:
         """Nothing proves what is there: all of it is encoded again, or it stays as it is."""
-        buffer, planned = self._mender.buffer, len(plan.digests_of(shard))
-        buffer.clear(shard)
-        self._ready().again(plan, buffer, range(planned))
+        buffer, planned = self._buffer, len(task.images)
+        buffer.clear(task.shard)
+        self._ready().again(task, buffer, range(planned))
         lost = [slot for slot in range(planned) if buffer.rows[slot].status in RETRIED]
         if lost:
             row = buffer.rows[lost[0]]
@@ -224,8 +227,8 @@ class _ShardRepair:
             raise StoreError(
                 f"it was measured on features in {made_of[0]}, not on images; convert that again"
             )
-        codec, sources = get_codec(self._info.codec), self._sources()
-        measured = calibrate(self._load(), codec, self._plans, sources, self._workers)
+        codec = get_codec(self._info.codec)
+        measured = calibrate(self._load(), codec, self._plans, self._sources, self._workers)
         for layer in layers:
             path = layout.channels_path(layer)
             values = measured[layer].numpy() if layer in measured else np.zeros(0)
@@ -256,14 +259,20 @@ class _ShardRepair:
             raise self._encoder
         return self._encoder
 
+    @functools.cached_property
     def _sources(self) -> Sources:
         return sources_of(self._info, self._plans, self._images)
+
+    @functools.cached_property
+    def _buffer(self) -> ShardBuffer:
+        """Reused by each shard."""
+        return ShardBuffer(blank_spec(self._info))
 
     def _ready(self) -> ShardEncoder:
         """What encodes rows. Raises FeatcacheError."""
         if self._work is None:
             encoder, spec = self._load(), shard_spec(self._root, self._info)
-            work = ShardEncoder(self._root, encoder, spec, self._sources(), self._workers)
+            work = ShardEncoder(self._root, encoder, spec, self._workers)
             self._work = self._stack.enter_context(work)
         return self._work
 

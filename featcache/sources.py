@@ -67,11 +67,13 @@ class Sources:
             for order in (np.argsort(plan.rows, kind="stable"),)
         ]
 
-    def refs(self, row: int) -> list[ImageRef]:
-        """Each place once, the likeliest first."""
-        found: dict[ImageRef, None] = {}
+    def refs(self, first_row: int, count: int = 1) -> list[tuple[ImageRef, ...]]:
+        """Of each of `count` rows, each place once, the likeliest first."""
+        found: list[dict[ImageRef, None]] = [{} for _ in range(count)]
         for plan, roots, order, rows in self._plans:
-            first, last = np.searchsorted(rows, [row, row + 1])
-            for at in order[first:last].tolist():
-                found.update((ImageRef(root, plan.keys[at]), None) for root in roots)
-        return list(found)
+            first, last = np.searchsorted(rows, [first_row, first_row + count])
+            here = zip(order[first:last].tolist(), rows[first:last].tolist(), strict=True)
+            for at, row in here:
+                refs = ((ImageRef(root, plan.keys[at]), None) for root in roots)
+                found[row - first_row].update(refs)
+        return [tuple(places) for places in found]

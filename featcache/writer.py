@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -185,21 +184,20 @@ class ShardBuffer:
         return checksum.intdigest() == checksums.get("pooled") and bool(pooled.isfinite().all())
 
     def publish(self, root: StorePath) -> Commit:
-        """Write the shard's files, then its commit record.
+        """Write the shard's files, then its commit record, unless the shard is there by now.
 
         Raises StoreError when the disk is full or the store cannot be written; what was
         committed before stays valid.
         """
         start = time.perf_counter()
         try:
+            if (there := Commit.load(root, self.shard)) is not None:
+                return there  # another worker was quicker; its record must not go for a moment
             # A record left from before, whose files were damaged, must not vouch for the new ones.
             record = root / layout.commit_path(self.shard)
-            if isinstance(root, ObjectPath):
-                # Two jobs may work on one plan there; both write the same bytes.
-                if (done := Commit.load(root, self.shard)) is not None:
-                    return done
+            if isinstance(record, ObjectPath):
                 record.unlink(missing_ok=True)
-            elif isinstance(record, Path) and record.exists():
+            elif record.exists():
                 record.unlink()
                 sync(record.parent)
             files = self._write(root, {})

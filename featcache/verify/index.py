@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from featcache.codecs import get_codec
 from featcache.extract import metadata
 from featcache.files import PARTIAL
 from featcache.index import build_arrays
-from featcache.journal import Journal, num_rows
+from featcache.journal import Commit, Journal, num_rows
 from featcache.layout import StoreInfo, array_checksum, array_files, copy_path, map_array
 from featcache.verify.report import RECOMPILE, Inspection
 
@@ -21,9 +22,8 @@ def check_index(found: Inspection, info: StoreInfo) -> None:
         return
     expected = {path: sum for path, sum in info.checksums.items() if path.startswith("index/")}
     if found.index_known:
-        plans = found.finished
-        journal = Journal(plans, found.status[: num_rows(plans)], [])
-        arrays = build_arrays(found.root, info, journal)
+        journal = Journal.gather(found.finished, functools.partial(Commit.load_record, found.root))
+        arrays = build_arrays(info, journal)
         said, expected = (
             expected,
             {f"{info.index}/{path}": array_checksum(values) for path, values in arrays.items()},
@@ -68,6 +68,6 @@ def note_leftovers(found: Inspection, info: StoreInfo) -> None:
                 parts = path.split("/")
                 if len(parts) > 2 and "/".join(parts[:2]) != info.index:
                     old.add("/".join(parts[:2]))
-            elif path not in known:
+            elif path not in known and not path.startswith(layout.JOBS):
                 found.notes.append(f"{path} is no part of the store")
     found.notes += [f"{name} is an old index; the next run removes it" for name in sorted(old)]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import featcache
-from featcache import encoders, extract, repair
+from featcache import encoders, extract, repair, worker
 from featcache.errors import StoreError
 from featcache.extract import ExtractOptions, ExtractProgress
 from featcache.live import compare_live
@@ -158,7 +158,7 @@ def test_full_at_every_write(
     encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     load = functools.cache(encoders.load_encoder)
-    for module in (extract, repair):
+    for module in (worker, repair):
         monkeypatch.setattr(module, "load_encoder", lambda name, **more: load(name, device="cpu"))
     write_images(tmp_path / "images", 3)
     options = small(tmp_path, str(encoder_dir))

@@ -30,8 +30,7 @@ import pytest
 import torch
 
 import featcache
-from featcache import encoders, repair
-from featcache import extract as extraction
+from featcache import encoders, repair, worker
 from featcache.convert import convert
 from featcache.errors import (
     CorruptStoreError,
@@ -391,7 +390,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         options["layers"] = tuple(options["layers"])  # type: ignore[arg-type]
         return load(name, **options)  # type: ignore[arg-type]
 
-    for module in (encoders, extraction, repair):
+    for module in (encoders, worker, repair):
         monkeypatch.setattr(module, "load_encoder", cached)
     monkeypatch.setattr(os, "fsync", lambda _: None)
 

@@ -16,6 +16,7 @@ from transformers import SiglipVisionModel
 
 import featcache
 from featcache import writer
+from featcache.encode import STAGES
 from featcache.errors import (
     ConfigError,
     CorruptStoreError,
@@ -32,6 +33,7 @@ from featcache.extract import (
     extract,
 )
 from featcache.layout import StoreInfo
+from featcache.worker import WorkProgress
 from tests.support import Killed, Publications, feature_files, write_captions, write_images
 
 
@@ -63,8 +65,10 @@ def test_what_an_extraction_reports(options: ExtractOptions) -> None:
         free_bytes=0,
         speed=None,
     )
-    assert result.peak_ram_bytes > 50e6
-    assert replace(result, seconds=0, peak_ram_bytes=0) == ExtractResult(
+    assert result.work.peak_ram_bytes > 50e6
+    assert (result.work.done, result.work.own, result.work.failed) == (10, 10, 0)
+    assert 0 < result.encoding_s < result.seconds
+    assert replace(result, seconds=0, encoding_s=0, work=WorkProgress()) == ExtractResult(
         path=options.out,
         images=10,
         features=10,
@@ -74,24 +78,25 @@ def test_what_an_extraction_reports(options: ExtractOptions) -> None:
         skipped={},
         preflight=preflight,
         seconds=0,
-        peak_ram_bytes=0,
-        peak_gpu_bytes=0,
+        encoding_s=0,
+        work=WorkProgress(),
         ok=True,
     )
     assert [(p.stage, p.done, p.total) for p in seen] == [
         ("scan", 0, 10),
         ("scan", 10, 10),
-        *(("encode", done, 10) for done in (0, 3, 4, 7, 8, 10)),
+        *(("encode", done, 10) for done in (0, 3, 4, 7, 8, 10, 10)),
     ]
-    assert set(seen[-1].seconds) == {"decode", "wait", "encode", "write"}
+    assert tuple(seen[-1].work.seconds) == STAGES
+    assert all(seconds > 0 for seconds in seen[-1].work.seconds.values())
 
 
-@pytest.mark.parametrize("workers", [1, 5])
-def test_bytes_do_not_depend_on_the_number_of_workers(
-    options: ExtractOptions, tmp_path: Path, workers: int
+@pytest.mark.parametrize("threads", [1, 5])
+def test_bytes_do_not_depend_on_the_number_of_threads(
+    options: ExtractOptions, tmp_path: Path, threads: int
 ) -> None:
     extract(options)
-    other = replace(options, out=tmp_path / "other.zarr", workers=workers)
+    other = replace(options, out=tmp_path / "other.zarr", decode_threads=threads)
     extract(other)
     assert feature_files(options.out) == feature_files(other.out)
 
@@ -121,7 +126,7 @@ def test_resume_keeps_the_batches_of_the_plan(options: ExtractOptions) -> None:
     shutil.rmtree(options.out / "index")  # which could stand in for it
     seen: list[ExtractProgress] = []
     assert extract(replace(options, batch_size=1), seen.append).new == 4
-    assert [p.done for p in seen if p.stage == "encode"] == [0, 3, 4]
+    assert [p.done for p in seen if p.stage == "encode"] == [0, 3, 4, 4]
     assert feature_files(options.out) == whole
 
 
@@ -481,8 +486,8 @@ def test_commit_records_say_what_happened(options: ExtractOptions) -> None:
     extract(options)
     record = json.loads((options.out / "journal/commit-00000002.json").read_text())
     assert record["shard"] == 2
-    assert [row["status"] for row in record["rows"]] == [0, 0, 1, 1]
-    assert set(record["seconds"]) == {"decode", "wait", "encode", "write"}
+    assert record["status"] == [0, 0, 1, 1]
+    assert tuple(record["seconds"]) == STAGES
     assert record["files"]["features/-2/c/2/0/0"]["nbytes"] == 2 * 4096 + 68
 
 

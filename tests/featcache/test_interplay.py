@@ -321,7 +321,7 @@ def test_a_description_with_nan_is_a_damaged_one(options: ExtractOptions) -> Non
     assert repair(options.out).ok
     with pytest.raises(StoreError, match="name too long"):
         StoreInfo.load(options.out.with_name("x" * 300))
-    assert layout.FORMAT_VERSION == 2
+    assert layout.FORMAT_VERSION == 3
 
 
 def test_a_foreign_zarr_group_is_left_as_it_is(options: ExtractOptions) -> None:

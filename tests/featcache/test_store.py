@@ -204,8 +204,8 @@ def test_a_newer_format_and_an_unfinished_store(copy: Path) -> None:
         changed = with_checksum({**attributes, **changes})
         publish_json(copy / "zarr.json", {**document, "attributes": {"featcache": changed}})
 
-    write(format_version=3)
-    with pytest.raises(StoreError, match="has store format 3, this featcache reads 2; upgrade"):
+    write(format_version=4)
+    with pytest.raises(StoreError, match="has store format 4, this featcache reads 3; upgrade"):
         Store(copy)
     write(index=None)
     (copy / "journal" / "commit-00000001.json").unlink()

@@ -115,9 +115,7 @@ def torn(world: Path, tmp_path: Path, jsonl: Jsonl) -> Store:
         [{"id": "1", "images": [n], "caption": "c"} for n in ("good.png", "torn.png")],
     )
     out = tmp_path / "store.zarr"
-    extract(
-        ExtractOptions(str(world / "siglip"), (extracted,), out, images, max_failures=1, workers=1)
-    )
+    extract(ExtractOptions(str(world / "siglip"), (extracted,), out, images, max_failures=1))
     return featcache.open(out)
 
 

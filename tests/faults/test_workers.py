@@ -1,0 +1,123 @@
+"""Workers that are lost in the middle of an extraction, and how the real launchers start them.
+
+tests/faults/kill_workers.py does the same with more workers and kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from featcache.verify import verify
+from tests.faults import kill_workers
+from tests.support import feature_files, write_images
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = "from cli.featcache import main; main()"
+
+
+def test_processes_that_are_killed(tmp_path: Path) -> None:
+    counts = kill_workers.run("local", 2, 3, 400, tmp_path)
+    assert counts["kills"] == 3 and counts["files_compared"] == 200
+
+
+def test_ranks_that_are_killed(tmp_path: Path) -> None:
+    """As srun starts them; those that are left do the others' shards."""
+    counts = kill_workers.run("ranks", 3, 2, 400, tmp_path)
+    assert counts["kills"] == 2 and counts["files_compared"] == 200
+
+
+@pytest.mark.slow
+def test_ray_actors_that_are_killed(tmp_path: Path) -> None:
+    counts = kill_workers.run("ray", 2, 3, 2000, tmp_path)
+    assert counts["kills"] == 3
+
+
+@pytest.mark.slow
+def test_eight_workers_and_twenty_kills(tmp_path: Path) -> None:
+    assert kill_workers.run("local", 8, 20, 4000, tmp_path)["kills"] == 20
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_torchrun(encoder_dir: Path, tmp_path: Path) -> None:
+    """The documented form, with one document and one summary for both ranks."""
+    write_images(tmp_path / "images", 24)
+    command = [
+        "-m", "cli.featcache", "extract", "--model", str(encoder_dir), "--data",
+        str(tmp_path / "images"), "--shard-images", "2", "--batch-size", "2", "--device", "cpu",
+        "--json", "--out",
+    ]  # fmt: skip
+    alone = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "alone.zarr")],
+        env=environment(), cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    assert json.loads(alone.stdout)["work"]["done"] == 24
+    out = tmp_path / "two.zarr"
+    two = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command,
+            str(out),
+        ],
+        env=environment(), cwd=tmp_path, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    (document,) = two.stdout.splitlines()
+    work = json.loads(document)["work"]
+    assert work["done"] == 24
+    assert two.stderr.count(" of 24 images have features") == 1
+    (log,) = (out / "journal/jobs").glob("*-rank00001.log")
+    assert "rank 1 of 2: done in" in log.read_text()
+    assert feature_files(out) == feature_files(tmp_path / "alone.zarr")
+    report = verify(out)
+    assert report.ok and not report.notes
+
+
+def test_ray(encoder_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    write_images(tmp_path / "images", 24)
+    command = [
+        sys.executable, "-m", "cli.featcache", "extract", "--model", str(encoder_dir),
+        "--data", str(tmp_path / "images"), "--shard-images", "2", "--batch-size", "2",
+        "--codec", "int8", "--json", "--out",
+    ]  # fmt: skip
+    subprocess.run(
+        [*command, str(tmp_path / "alone.zarr")],
+        env=environment(), cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    out = tmp_path / "two.zarr"
+    two = subprocess.run(
+        [*command, str(out), "--executor", "ray", "--workers", "2"],
+        env=environment(), cwd=tmp_path, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    work = json.loads(two.stdout)["work"]
+    assert (work["done"], work["workers"], work["lost"]) == (24, 2, 0)
+    assert feature_files(out) == feature_files(tmp_path / "alone.zarr")
+
+    missing = subprocess.run(
+        [*command, str(out), "--executor", "ray", "--model", "sigclip"],
+        env=environment(), cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert missing.returncode == 1
+    assert missing.stderr.splitlines()[-1].startswith("error: unknown encoder 'sigclip'")
+
+
+def test_a_ray_cluster_that_is_not_there(encoder_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    write_images(tmp_path / "images", 2)
+    done = subprocess.run(
+        [
+            sys.executable, "-c", PROGRAM, "extract", "--model", str(encoder_dir), "--data",
+            str(tmp_path / "images"), "--out", str(tmp_path / "store.zarr"), "--executor", "ray",
+        ],
+        env=environment() | {"RAY_ADDRESS": "127.0.0.1:1"},
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: RAY_ADDRESS=127.0.0.1:1: no Ray cluster")
+    assert not (tmp_path / "store.zarr").exists()
