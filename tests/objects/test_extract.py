@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -185,6 +186,41 @@ def test_a_killed_job_goes_on(
         job.communicate()
     result = extract(replace(disk, out=out))
     assert 0 < result.new < 24
+    assert data_files(out) == data_files(disk.out)
+
+
+@pytest.mark.parametrize("kind", ["processes", "ranks"])
+def test_several_workers_write_into_a_bucket(
+    encoder_dir: Path, tmp_path: Path, bucket: ObjectPath, proxy: Proxy, kind: str
+) -> None:
+    write_images(tmp_path / "images", 24)
+    disk = options_for(encoder_dir, tmp_path / "images", tmp_path / "disk.zarr")
+    extract(disk)
+    out = bucket / "store.zarr"
+    rng, lock = random.Random(0), threading.Lock()
+
+    def sometimes(_: Request) -> Fault | None:
+        with lock:
+            return rng.choice([Fault("refuse"), Fault("lose")]) if rng.random() < 0.1 else None
+
+    with proxy.failing(sometimes):
+        if kind == "processes":
+            assert extract(replace(disk, out=out, workers=2)).ok
+        else:
+            command = [
+                sys.executable, "-c", "from cli.featcache import main; main()", "extract",
+                "--model", str(encoder_dir), "--data", str(tmp_path / "images"), "--out", str(out),
+                "--shard-images", "4", "--batch-size", "2", "--device", "cpu",
+            ]  # fmt: skip
+            ranks = []
+            for rank in ("0", "1"):
+                env = {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": bucket.bucket[5:]}
+                env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+                ranks.append(subprocess.Popen(command, env=os.environ | env))
+            assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+            (log,) = (out / "journal/jobs").glob("*.log")
+            assert "done in" in log.read_bytes().decode()
+    assert proxy.faults > 5
     assert data_files(out) == data_files(disk.out)
 
 
