@@ -30,8 +30,8 @@ SHOWN_REASONS = 5
     multiple=True,
     type=console.LOCATION,
     metavar="FILE",
-    help="LLaVA JSON, Cambrian JSONL, caption JSONL or a directory of images, also s3://...; may "
-    "be repeated.",
+    help="JSON(L), YAML, tars, parquet or a folder: docs/inputs.md; may be a pattern, or s3://...; "
+    "may be repeated.",
 )
 @click.option(
     "--images",
@@ -67,6 +67,9 @@ SHOWN_REASONS = 5
 )
 @click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
 @click.option(
+    "--tiles", metavar="GRIDS", help="Also cut images into tiles, e.g. 1x2,2x1,2x2 (any-res)."
+)
+@click.option(
     "--executor",
     type=click.Choice(["local", "ray"]),
     default="local",
@@ -101,6 +104,7 @@ def extract(
     device: str,
     shard_images: int | None,
     limit: int | None,
+    tiles: str | None,
     executor: str,
     workers: int | None,
     decode_threads: int | None,
@@ -119,6 +123,9 @@ def extract(
             f"{batch_size!r} is neither 'auto' nor a whole number above 0",
             param_hint="--batch-size",
         )
+    from featcache.tiles import parse_grids
+
+    grids = parse_grids(tiles) if tiles is not None else ()
     console.say(f"loading {model}" + (" with RANDOM weights" if random_weights else ""))
     from featcache.executors.ranks import rank_from
     from featcache.extract import ExtractOptions, assist
@@ -135,6 +142,7 @@ def extract(
         device=device,
         shard_images=shard_images,
         limit=limit,
+        tiles=grids,
         executor=executor,
         workers=workers,
         decode_threads=decode_threads,

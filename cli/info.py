@@ -50,7 +50,8 @@ def info(store: StorePath) -> console.Document:
         "codec": f"{described.codec}, {found.bits:.4g} bits a value, "
         f"{console.size(found.image_bytes)} an image",
         "encoder": ", ".join(str(each) for each in known if each),
-        "images": f"{found.images:,} with features",
+        "images": f"{found.images:,} with features"
+        + ", tiles included" * ("tiles" in described.fingerprint),
         "failures": ", ".join(f"{n:,} {reason}" for reason, n in found.failures.items()) or "none",
     }
     if not found.finished or found.pending:

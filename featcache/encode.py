@@ -48,13 +48,13 @@ from featcache.codecs import (
 )
 from featcache.encoders import Encoded, Encoder, Pixels
 from featcache.errors import ImageError
-from featcache.images import decode, digest
 from featcache.journal import Commit, Plan
 from featcache.layout import Status
 from featcache.mend import mend
 from featcache.object_path import StorePath
 from featcache.sources import Sources
 from featcache.tasks import PlannedImage, ShardTask
+from featcache.tiles import digest_of, open_view
 from featcache.writer import ShardBuffer, ShardSpec
 
 STAGES = ("decode", "wait", "encode", "quantise", "write")
@@ -416,9 +416,9 @@ def load_pixels(encoder: Encoder, image: PlannedImage) -> _Loaded:
     size = (0, 0)
     pixels, status, detail = None, Status.OK, ""
     try:
-        data = _find(image)
-        decoded, size = decode(data)
-        pixels = encoder.preprocess(decoded)
+        data, key = _find(image)
+        view, size = open_view(data, key, encoder.preprocessing.size)
+        pixels = encoder.preprocess(view)
     except ImageError as error:
         status, detail = Status[error.reason.upper()], error.detail
     except MemoryError:
@@ -426,8 +426,8 @@ def load_pixels(encoder: Encoder, image: PlannedImage) -> _Loaded:
     return _Loaded(pixels, size, status, detail, time.perf_counter() - start)
 
 
-def _find(image: PlannedImage) -> bytes:
-    """The planned image's bytes, from the first place that holds them.
+def _find(image: PlannedImage) -> tuple[bytes, str]:
+    """The planned image's bytes, from the first place that holds them, and its key there.
 
     Raises ImageError where none does: "changed" if there is a file with other bytes, else as
     `ImageRef.read` of the first.
@@ -439,8 +439,8 @@ def _find(image: PlannedImage) -> bytes:
         except ImageError as error:
             errors.append(error)
             continue
-        if digest(data) == image.digest:
-            return data
+        if digest_of(data, ref.key) == image.digest:
+            return data, ref.key
         changed = f"{ref} changed after the scan; extract again"
         errors.insert(0, ImageError("changed", changed))
     raise errors[0]

@@ -3,6 +3,7 @@
 FeatcacheError                 one clear line: what, where, and the cure
 ├── ConfigError                a wrong option or config value (exit code 2)
 ├── ManifestError              a data file that cannot be read as records
+│   └── DamagedFileError       a tar, parquet file or dataset that is not whole
 ├── EncoderError               an encoder that cannot be loaded or does not fit the request
 ├── ImageError                 one image without features; carries its ledger reason
 ├── StoreError                 a store that cannot be used
@@ -30,6 +31,10 @@ class ConfigError(FeatcacheError):
 
 class ManifestError(FeatcacheError):
     """A data file that cannot be read; the message names the file and, where known, the line."""
+
+
+class DamagedFileError(ManifestError):
+    """A tar, parquet file or saved dataset that is not whole; the message says what to do."""
 
 
 class EncoderError(FeatcacheError):

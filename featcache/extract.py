@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,7 @@ from featcache.probe import Speed
 from featcache.sources import Sources
 from featcache.store import blank_spec
 from featcache.tasks import PendingTasks
+from featcache.tiles import Grid, Tiling, tiles_of_all, with_tiles
 from featcache.worker import EncoderInfo, WorkerOptions, WorkProgress
 from featcache.writer import write_error
 
@@ -74,7 +76,8 @@ class ExtractOptions:
     layers: stored outputs, see `Encoder`. batch_size: images per forward; None chooses by device.
     shard_images: rows a shard; None takes the store's, 128 for a new one.
     executor, workers: see `open_executor`. decode_threads: of each worker that decode images; None
-    takes a core's worth each. limit: only the first images.
+    takes a core's worth each. limit: only the first images. tiles: grids that images are cut into
+    besides (featcache/tiles.py); none where empty.
     max_failures: ratio of images without features above which the result is not ok.
     force: begin although the disk seems too small.
     """
@@ -92,6 +95,7 @@ class ExtractOptions:
     workers: int | None = None
     decode_threads: int | None = None
     limit: int | None = None
+    tiles: tuple[Grid, ...] = ()
     max_failures: float = 0.01
     random_weights: bool = False
     dry_run: bool = False
@@ -102,8 +106,8 @@ class ExtractOptions:
 class Preflight:
     """What an extraction is about to take.
 
-    images: to encode; nbytes: that it adds; free_bytes: where the store is or will be, None in a
-    bucket, which has no end.
+    images: to encode, tiles included; nbytes: that it adds; free_bytes: where the store is or
+    will be, None in a bucket, which has no end.
     speed: of one worker at a few images, None where there are too few to tell or none can be read.
     workers: how many there are.
     """
@@ -141,8 +145,9 @@ class ExtractProgress:
 class ExtractResult:
     """What an extraction came to.
 
-    images: distinct image keys of the data; features: those with features (in a dry run, those
-    whose file can be read); new: images encoded by this run; failures: {reason: count};
+    images: distinct image keys of the data; features: those with features, of all their tiles too
+    (in a dry run, those whose file can be read); new: images and tiles encoded by this run;
+    failures: {reason: count};
     first_failure: of the first image in the data's order that has none;
     skipped: {reason: (count, the first one's file and line)} of records that cannot be used;
     preflight: what was expected before the first image. work: what the workers did, in
@@ -216,9 +221,10 @@ def assist(
         word = listen(out, rank, on_wait)
         try:
             info = StoreInfo.load(out)
+            ours = executor.describe().fingerprint
             require_same(
                 info.fingerprint,
-                executor.describe().fingerprint,
+                with_tiles(ours, Tiling.for_encoder(options.tiles, ours)),
                 left_name=str(out),
                 right_name=str(rank),
                 cure="run the same command with the same versions on every rank",
@@ -269,7 +275,8 @@ def _update(
 ) -> ExtractResult:
     """Plan, encode and commit into a locked store; in a dry run only plan. Raises as `extract`."""
     out, root = options.out, str(manifest.image_root.absolute())
-    info = _describe(encoder, codec, options, manifest)
+    tiling = Tiling.for_encoder(options.tiles, encoder.fingerprint)
+    info = _describe(encoder, tiling, codec, options, manifest)
     journal = Journal.load(out, info.generation)
     on_progress(ExtractProgress("scan", 0, len(keys)))
     plan = plan_extraction(
@@ -280,6 +287,7 @@ def _update(
         options.batch_size or DEFAULT_BATCH_SIZE[encoder.device],
         options.decode_threads or num_cores(),
         lambda done: on_progress(ExtractProgress("scan", done, len(keys))),
+        tiling,
     )
     plans, pending = list(journal.plans), list(journal.pending)
     if plan:
@@ -326,8 +334,7 @@ def _update(
             compile_index(out, info, journal)
         remove_old(out, info)
         index = Index.load(out, info)
-        rows = zip(keys, index.find(keys).tolist(), strict=True)
-        lost = [index.failures[key] for key, row in rows if row < 0]
+        lost = _without_features(index, keys, tiling)
     failures = Counter(failure.reason for failure in lost)
     skipped = Counter(record.reason for record in manifest.skipped)
     first_of = {record.reason: record.origin for record in reversed(manifest.skipped)}
@@ -345,6 +352,21 @@ def _update(
         work=work,
         ok=len(lost) <= options.max_failures * len(keys) and not failures[Status.OVERFLOW.reason],
     )
+
+
+def _without_features(index: Index, keys: Sequence[str], tiling: Tiling | None) -> list[Failure]:
+    """Why images have no features: one for each that lacks its own or those of a tile."""
+    rows = index.find(keys)
+    if tiling is None:
+        return [index.failures[keys[i]] for i in np.flatnonzero(rows < 0).tolist()]
+    there = np.flatnonzero(rows >= 0).tolist()
+    sizes = index.sizes[rows[there]].tolist()
+    tiles, counts = tiles_of_all(tiling, [keys[i] for i in there], sizes)
+    image_of_tile = np.repeat(there, counts)
+    lost = {i: keys[i] for i in np.flatnonzero(rows < 0).tolist()}
+    for at in np.flatnonzero(index.find(tiles) < 0).tolist():
+        lost.setdefault(int(image_of_tile[at]), tiles[at])
+    return [index.failures[lost[i]] for i in sorted(lost)]
 
 
 def _tasks(
@@ -373,14 +395,18 @@ def _require_ours(out: StorePath) -> None:
 
 
 def _describe(
-    encoder: EncoderInfo, codec: Codec, options: ExtractOptions, manifest: Manifest
+    encoder: EncoderInfo,
+    tiling: Tiling | None,
+    codec: Codec,
+    options: ExtractOptions,
+    manifest: Manifest,
 ) -> StoreInfo:
     """The description of the store to be: that of the one there, where it is of the same making.
 
     Raises StoreError, FingerprintMismatch, ConfigError.
     """
     info = StoreInfo(
-        fingerprint=encoder.fingerprint,
+        fingerprint=with_tiles(encoder.fingerprint, tiling),
         codec=codec.name,
         layers=list(encoder.layers),
         num_patches=encoder.num_patches,

@@ -23,13 +23,16 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from featcache.errors import ImageError
+
+T = TypeVar("T")
 
 PIXEL_RULE = {"convert": "RGB", "exif": "ignored", "frame": "first", "grey16": "scaled to 8 bits"}
 
@@ -92,11 +95,27 @@ def decode(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
     Raises ImageError: "undecodable" (none of `FORMATS`, damaged, a mode without defined range) or
     "too_large" (Pillow's decompression-bomb limit, or more than the memory holds).
     """
+
+    def both(image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
+        size = image.size
+        return _to_rgb(image), size
+
+    return _opened(data, both)
+
+
+def header_size(data: bytes) -> tuple[int, int]:
+    """The size that `decode` gives, from the header alone. Raises ImageError where that tells that
+    it cannot be decoded."""
+    return _opened(data, lambda image: image.size)
+
+
+def _opened(data: bytes, take: Callable[[Image.Image], T]) -> T:
+    """What `take` makes of the image. Raises ImageError as `decode`."""
     size = None
     try:
         with _without_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             size = image.size
-            return _to_rgb(image), size
+            return take(image)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:

@@ -28,6 +28,7 @@ from featcache.object_path import require_disk
 from featcache.repair import encoder_of, sources_of
 from featcache.store import Store, codecs_before
 from featcache.tasks import PlannedImage
+from featcache.tiles import Tiling, with_tiles
 
 COMPUTE_NOISE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Relative L2 error between two correct passes: other batch, other threads, other kernels."""
@@ -91,7 +92,8 @@ def compare_live(
     store = Store(root)
     plans = store.plans
     encoder = encoder_of(store.info, model, device)
-    stated, ours = store.info.fingerprint, fingerprint(encoder)
+    stated = store.info.fingerprint
+    ours = with_tiles(fingerprint(encoder), Tiling.of(stated))
     require_same(
         {**stated, "compute": None},  # another device gives the same but for noise
         {**ours, "compute": None},

@@ -1,28 +1,29 @@
-"""Data files -> records: LLaVA JSON, Cambrian JSONL, caption JSONL, a directory of images.
+"""Data files -> records: LLaVA JSON, Cambrian JSONL, caption JSONL, LLaVA-NeXT YAML, WebDataset
+tars, parquet, saved Hugging Face datasets, directories of any of these images (docs/inputs.md).
 
 A record that cannot be used is skipped with its reason; a file that cannot be read is an error.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from featcache.errors import ManifestError
+from featcache.bucket_data import is_folder
+from featcache.entries import Unusable
+from featcache.errors import DamagedFileError, ManifestError
+from featcache.listing import list_elements
+from featcache.mixtures import Sampling, read_mixture
 from featcache.object_path import ObjectPath, StorePath, parse_location
+from featcache.patterns import expand, fixed_folder
+from featcache.saved_datasets import splits_of
+from featcache.tiles import is_tile
 
-IMAGE_SUFFIXES = frozenset(
-    f".{suffix}"
-    for suffix in (
-        "apng avif bmp gif jfif jp2 jpeg jpg png ppm tif tiff webp".split()  # noqa: SIM905
-    )
-)
 IMAGE_TOKEN = "<image>"
 NO_IMAGE = frozenset(("", "None", "none", "nan"))
 """Texts of an `image` field that mean there is none (Cambrian-S train_fsdp.py)."""
@@ -83,43 +84,76 @@ def read_manifest(
 ) -> Manifest:
     """Read data files of any mixture of the known formats, told apart by their content.
 
-    files: JSON or JSONL files, or directories of images (searched recursively, sorted); all of it
-    may lie in a bucket: s3://bucket/train.jsonl, s3://bucket/images.
-    image_root: what image paths are relative to; the first file's directory where None.
-    Raises ManifestError naming the file, and the line of malformed JSON.
+    files: JSON, JSONL, YAML (featcache/mixtures.py), tars, parquet, folders (featcache/listing.py),
+    or patterns of them (featcache/patterns.py); or s3://bucket/... (featcache/bucket_data.py).
+    image_root: what image paths are relative to; where None, the first one of `files` if that is a
+    folder, else the folder that it lies in.
+    Raises ManifestError naming the file, and the line of malformed JSON; FeatcacheError where a
+    library is missing that only some formats need.
     """
     paths = tuple(map(parse_location, files))
     if not paths:
         raise ManifestError("no data files given; name at least one with --data")
-    folders = [_is_directory(path) for path in paths]
-    first = paths[0]
-    root = parse_location(image_root) if image_root else (first if folders[0] else first.parent)
+    found = [(file, sampling) for path in paths for file, sampling in _files_of(path)]
+    for file, _ in found:
+        _require_readable(file)
+    root = parse_location(image_root) if image_root else _root_of(paths[0])
     if not root.is_dir():
         raise ManifestError(f"the image root {root} is not a directory; check --images")
     manifest = Manifest([], root, paths)
-    for path, is_folder in zip(paths, folders, strict=True):
-        for origin, entry in _images_below(path, root) if is_folder else _entries(path):
-            try:
-                manifest.records.append(_record(entry, origin, root))
-            except _UnusableError as reason:
-                manifest.skipped.append(Skipped(origin, str(reason)))
+    damaged: list[DamagedFileError] = []
+    for file, sampling in found:
+        try:
+            elements: Iterable[tuple[str, Any]] = list_elements(file, root)
+            if sampling.kind != "all":
+                elements = sampling.choose(list(elements))
+            for origin, element in elements:
+                try:
+                    manifest.records.append(_record(element, origin, root))
+                except _UnusableError as reason:
+                    manifest.skipped.append(Skipped(origin, str(reason)))
+        except DamagedFileError as error:
+            damaged.append(error)
+    if damaged:
+        # All at once: to fetch them one by one, each after another walk over hundreds, takes hours.
+        raise ManifestError("; ".join(map(str, damaged)))
     if not manifest.records:
         why = f"; the first was skipped: {manifest.skipped[0].reason}" if manifest.skipped else ""
         raise ManifestError(f"{', '.join(map(str, paths))}: no usable records{why}")
     return manifest
 
 
-def _is_directory(path: StorePath) -> bool:
-    """Raises ManifestError for what can be neither listed nor read."""
+def _files_of(path: StorePath) -> Iterator[tuple[StorePath, Sampling]]:
+    """What a pattern and a mixture name."""
     if isinstance(path, ObjectPath):
-        try:
-            if path.key and path.is_file():
-                return False
-            if path.is_dir():
-                return True
-        except OSError as error:
-            raise ManifestError(f"{path}: {error.strerror}; check --data") from None
-        raise ManifestError(f"{path} does not exist; check --data")
+        yield path, Sampling()
+        return
+    for listed in expand(path):
+        for named, sampling in _mixture(listed):
+            yield from ((file, sampling) for file in expand(named))
+
+
+def _mixture(path: Path) -> Iterable[tuple[Path, Sampling]]:
+    """The files of a LLaVA-NeXT YAML, or the file itself."""
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return read_mixture(path)
+    return [(path, Sampling())]
+
+
+def _root_of(path: StorePath) -> StorePath:
+    """The image root that goes without saying."""
+    if isinstance(path, ObjectPath):
+        return path if is_folder(path) else path.parent
+    folder = fixed_folder(path)
+    if folder is not None:
+        return folder
+    return path if path.is_dir() and not splits_of(path) else path.parent
+
+
+def _require_readable(path: StorePath) -> None:
+    if isinstance(path, ObjectPath):
+        is_folder(path)
+        return
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -128,97 +162,11 @@ def _is_directory(path: StorePath) -> bool:
         raise ManifestError(f"{path}: {error.strerror}; check --data") from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ManifestError(f"{path} is neither a file nor a directory; check --data")
-    return stat.S_ISDIR(mode)
-
-
-def _directory(path: Path, root: StorePath) -> Iterator[tuple[str, Any]]:
-    """The image files below a directory, symbolic links followed, each directory visited once."""
-    if isinstance(root, ObjectPath):
-        raise ManifestError(f"{path} is a folder, and the image root {root} is not; check --images")
-    base = os.path.relpath(path, root)
-    if base == os.pardir or base.startswith(os.pardir + os.sep):
-        raise ManifestError(
-            f"{path} lies outside of the image root {root}; name a folder above both with --images"
-        )
-
-    def fail(error: OSError) -> None:
-        raise ManifestError(f"{error.filename}: {error.strerror}; check its permissions")
-
-    found: list[str] = []
-    visited: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(path, followlinks=True, onerror=fail):
-        identity = Path(folder).stat()
-        if (identity.st_dev, identity.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((identity.st_dev, identity.st_ino))
-        found += [
-            Path(folder, name).relative_to(path).as_posix()
-            for name in names
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
-    if not found:
-        raise ManifestError(f"{path} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    for name in sorted(found):
-        key = Path(base, name).as_posix()
-        yield str(path / name), {"id": key, "images": [key], "conversations": []}
-
-
-def _images_below(path: StorePath, root: StorePath) -> Iterator[tuple[str, Any]]:
-    return _listing(path, root) if isinstance(path, ObjectPath) else _directory(path, root)
-
-
-def _listing(path: ObjectPath, root: StorePath) -> Iterator[tuple[str, Any]]:
-    """The image files below a prefix of a bucket; one request for each 1,000 objects."""
-    try:
-        base = path.relative_to(root)
-    except ValueError:
-        raise ManifestError(
-            f"{path} lies outside of the image root {root}; name a prefix above both with --images"
-        ) from None
-    names = [
-        name for name, _ in path.listing() if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not names:
-        raise ManifestError(f"{path} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    for name in sorted(names):
-        key = (base / name).as_posix()
-        yield f"{path}/{name}", {"id": key, "images": [key], "conversations": []}
-
-
-def _entries(path: StorePath) -> Iterator[tuple[str, Any]]:
-    """Elements of a JSON array, or lines of JSONL: by suffix, else by the first character."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            head = file.read(64).lstrip()
-            file.seek(0)
-            if head.startswith("[") and path.suffix not in (".jsonl", ".ndjson"):
-                for i, entry in enumerate(_parsed(file.read(), str(path))):
-                    yield f"{path.name}[{i}]", entry
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path.name}:{number}", _parsed(line.strip(), f"{path}:{number}")
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path} is not UTF-8 text ({error.reason})") from None
-    except OSError as error:
-        raise ManifestError(f"{path}: {error.strerror}") from None
-
-
-def _parsed(text: str, where: str) -> Any:
-    """Raises ManifestError naming `where`, and the line within it where there is more than one."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f":{error.lineno}" if "\n" in text else ""
-        raise ManifestError(
-            f"{where}{line}: malformed JSON: {error.msg} at column {error.colno}"
-        ) from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; deep nesting
-        raise ManifestError(f"{where}: unreadable JSON: {error}") from None
 
 
 def _record(entry: Any, origin: str, root: StorePath) -> Record:
+    if isinstance(entry, Unusable):
+        raise _UnusableError(entry.reason)
     if not isinstance(entry, dict):
         raise _UnusableError(f"not a JSON object but {_type_name(entry)}")
     if entry.get("video") and entry.get("image"):
@@ -277,6 +225,8 @@ def _key(name: str, root: StorePath) -> str:
     key = posixpath.normpath(path)
     if key == ".." or key.startswith("../") or posixpath.isabs(key):
         raise _UnusableError(f"the image path {name!r} leaves the image root {root}")
+    if is_tile(key):
+        raise _UnusableError(f"the image path {name!r} ends like the key of a tile; rename it")
     if "\0" in key or not _is_utf8(key):
         raise _UnusableError(f"the image path {name!r} holds a character that is no text")
     return key

@@ -13,6 +13,7 @@ from featcache.journal import Failure, Journal, Plan, merge
 from featcache.layout import Status
 from featcache.object_path import READS_AT_ONCE, is_url
 from featcache.sources import ImageRef
+from featcache.tiles import Tiling, tile_digest
 
 SCAN_BLOCK = 1024
 """Files that are queued for hashing at once."""
@@ -30,13 +31,14 @@ def plan_extraction(
     batch_size: int,
     workers: int,
     on_scan: Callable[[int], None],
+    tiling: Tiling | None = None,
 ) -> Plan | None:
     """The next generation of work, or None where the earlier plans already cover the data.
 
     Every image file is read and hashed: its digest is its identity, so an image that is already
     planned under any key is not planned again, and one whose bytes changed gets a new row; so does
     one whose row was dropped.
-    New rows start at a new shard, in the order of `keys`.
+    New rows start at a new shard, in the order of `keys`, each image's tiles right after it.
     Raises StoreError where known keys mean other images because the image root is another folder,
     rather than the same one moved: there, most known keys still mean the same images.
     """
@@ -55,7 +57,7 @@ def plan_extraction(
     new: list[bytes] = []
     replaced: list[str] = []
     moved = 0
-    for key, outcome in _scan(keys, image_root, workers, on_scan):
+    for key, outcome in _scan(keys, image_root, workers, on_scan, tiling):
         before = known.rows.get(key, -1)
         cached = before >= 0 and journal.status[before] not in RETRIED
         elsewhere = cached and known.roots[key] != image_root
@@ -95,20 +97,31 @@ def plan_extraction(
 
 
 def _scan(
-    keys: Sequence[str], image_root: str, workers: int, on_scan: Callable[[int], None]
+    keys: Sequence[str],
+    image_root: str,
+    workers: int,
+    on_scan: Callable[[int], None],
+    tiling: Tiling | None,
 ) -> Iterator[tuple[str, bytes | Failure]]:
-    """Each key with its file's digest, or why it has none."""
+    """Each key with its file's digest, or why it has none; and the keys of its tiles with theirs.
 
-    def scan(key: str) -> bytes | Failure:
+    on_scan: is told how many of `keys` are done.
+    """
+
+    def scan(key: str) -> list[tuple[str, bytes | Failure]]:
         try:
-            return digest(ImageRef(image_root, key).read())
+            data = ImageRef(image_root, key).read()
         except ImageError as error:
-            return Failure(key, error.reason, error.detail)
+            return [(key, Failure(key, error.reason, error.detail))]
+        image = digest(data)
+        tiles = tiling.keys_in(key, data) if tiling else []
+        return [(key, image), *((tile, tile_digest(image, tile)) for tile in tiles)]
 
     # A bucket's answers are waited for, not worked for.
     threads = max(workers, READS_AT_ONCE) if is_url(image_root) else workers
     with ThreadPoolExecutor(threads, thread_name_prefix="featcache-scan") as pool:
         for start in range(0, len(keys), SCAN_BLOCK):
             block = keys[start : start + SCAN_BLOCK]
-            yield from zip(block, pool.map(scan, block), strict=True)
+            for found in pool.map(scan, block):
+                yield from found
             on_scan(start + len(block))

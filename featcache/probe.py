@@ -11,8 +11,8 @@ import numpy as np
 
 from featcache.encoders import Encoder
 from featcache.errors import ImageError
-from featcache.images import decode, digest
 from featcache.sources import ImageRef
+from featcache.tiles import digest_of, open_view
 
 DECODE_RATIO = 0.25
 """Of the budget, for reading images; the rest is the encoder's."""
@@ -91,8 +91,9 @@ def _load(
             break
         try:
             data = image.read()
-            digest(data)  # for its time: extraction compares it with the plan's
-            pixels.append(encoder.preprocess(decode(data)[0]))
+            digest_of(data, image.key)  # for its time: extraction compares it with the plan's
+            view, _ = open_view(data, image.key, encoder.preprocessing.size)
+            pixels.append(encoder.preprocess(view))
         except ImageError:
             continue
         spent += clock() - begun

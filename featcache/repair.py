@@ -34,6 +34,7 @@ from featcache.planning import RETRIED
 from featcache.sources import Sources
 from featcache.store import blank_spec, codecs_before, form_of, shard_spec
 from featcache.tasks import ShardTask, task_of
+from featcache.tiles import Tiling, with_tiles
 from featcache.verify import (
     RECOMPILE,
     Inspection,
@@ -247,7 +248,7 @@ class _ShardRepair:
                 encoder = encoder_of(self._info, self._model)
                 require_same(
                     self._info.fingerprint,
-                    fingerprint(encoder),
+                    with_tiles(fingerprint(encoder), Tiling.of(self._info.fingerprint)),
                     left_name=str(self._root),
                     right_name="the encoder as it is here",
                     cure="name the right one with --model",

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from featcache.containers import read_member
 from featcache.errors import ImageError
 from featcache.images import MAX_FILE_BYTES, read_bytes
 from featcache.journal import Plan
 from featcache.object_path import ObjectPath, StorePath, is_url, parse_location
+from featcache.tiles import image_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,24 @@ class ImageRef:
     key: str
 
     def read(self) -> bytes:
-        """The bytes of the image's file. Raises ImageError as `featcache.images.read_bytes`, and
-        ObjectStoreError."""
+        """The bytes of the image's file, or of a member of the container that its key leads into;
+        for the key of a tile (featcache/tiles.py) those of the image that it is cut from.
+
+        Raises ImageError as `featcache.images.read_bytes` and `featcache.containers.read_member`,
+        and ObjectStoreError.
+        """
+        key = image_key(self.key)
         if is_url(self.root):
-            return read_object(parse_location(self.root), self.key)
-        return read_bytes(Path(self.root, self.key))
+            return read_object(parse_location(self.root), key)
+        try:
+            return read_bytes(Path(self.root, key))
+        except ImageError as error:
+            if error.reason not in ("missing", "unreadable"):
+                raise
+            data = read_member(self.root, key)
+            if data is None:
+                raise
+            return data
 
     def __str__(self) -> str:
         if is_url(self.root):

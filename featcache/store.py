@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,17 @@ from featcache.object_path import ObjectPath, StorePath, parse_location
 from featcache.read_mode import choose_mode, choose_tier_mode
 from featcache.reader import FeatureReader, ReaderOptions
 from featcache.tier import Tier, default_tier
+from featcache.tiles import Grid, Tiling, tiles_of_all
 from featcache.writer import ShardSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The tiles of one image. grid: (columns, rows). rows: int64[columns * rows], the store's row
+    of each, counted along the grid's rows; -1 where a tile has no features."""
+
+    grid: Grid
+    rows: np.ndarray[Any, Any]
 
 
 class Store:
@@ -148,6 +158,30 @@ class Store:
     def rows(self, keys: Sequence[str]) -> np.ndarray[Any, Any]:
         """int64[len(keys)]: the row of each image, -1 where it has no features."""
         return self.index.find(keys)
+
+    @functools.cached_property
+    def tiling(self) -> Tiling | None:
+        """How its images were cut into tiles; None where they were not."""
+        return Tiling.of(self.info.fingerprint)
+
+    def tiles(self, keys: Sequence[str]) -> list[Tiles | None]:
+        """The tiles of each image; None where it has no features as a whole.
+
+        The whole images' rows are `rows(keys)`. Raises ConfigError where the store has no tiles.
+        """
+        if self.tiling is None:
+            raise ConfigError(f"{self.path} holds whole images only; extract with --tiles")
+        rows = self.rows(keys)
+        there = np.flatnonzero(rows >= 0).tolist()
+        sizes = self.sizes[rows[there]].tolist()
+        names, counts = tiles_of_all(self.tiling, [keys[i] for i in there], sizes)
+        own = self.rows(names)
+        found: list[Tiles | None] = [None] * len(keys)
+        start = 0
+        for i, size, count in zip(there, sizes, counts, strict=True):
+            found[i] = Tiles(self.tiling.grid_of(size), own[start : start + count])
+            start += count
+        return found
 
     def reason(self, key: str) -> str:
         """Why an image has no features, for a message."""

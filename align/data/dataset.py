@@ -27,8 +27,8 @@ class DataConfig:
     """Which records, and which of them are held out."""
 
     files: list[str] = field(default_factory=list)
-    """LLaVA JSON, Cambrian JSONL, caption JSONL; empty takes what the store was last extracted
-    from, without `val_files`. A run's own config names them."""
+    """Whatever `featcache extract --data` takes (docs/inputs.md); empty takes what the store was
+    last extracted from, without `val_files`. A run's own config names them."""
     images: str | None = None
     """Folder that image paths are relative to; null takes the store's. A run's own config names
     it."""

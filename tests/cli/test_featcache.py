@@ -13,6 +13,7 @@ import pytest
 from cli.console import run
 from cli.featcache import group
 from tests.support import write_captions, write_images
+from tests.support_inputs import samples, write_tar
 
 
 @pytest.fixture
@@ -128,3 +129,24 @@ def test_the_installed_program() -> None:
     done = subprocess.run([program, "modles"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no command 'modles'; did you mean 'models'?")
+
+
+def test_tars_and_tiles(
+    extract_command: list[str],
+    images_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for shard in range(2):
+        names = [f"{i:04d}.png" for i in range(5 * shard, 5 * shard + 5)]
+        write_tar(tmp_path / f"{shard:05d}.tar", samples(images_dir, names))
+    extract_command[4] = str(tmp_path / "{00000..00001}.tar")
+    assert run(group, [*extract_command, "--tiles", "1x2,2x1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["images"], document["features"], document["new"]) == (10, 10, 30)
+    assert run(group, ["info", str(tmp_path / "store.zarr")]) == 0
+    told = capsys.readouterr().err
+    assert "30 with features, tiles included" in told
+    assert re.search(r"tiles\.grids +\['1x2', '2x1'\]", told)
+    assert run(group, [*extract_command, "--tiles", "2"]) == 2
+    assert "error: --tiles '2': '2' is no grid" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from featcache.encoders import Encoder, Pixels, load_encoder
 from featcache.errors import ImageError
 from featcache.images import digest, load_image, read_bytes
 from featcache.layout import Status
-from featcache.manifests import IMAGE_SUFFIXES
+from featcache.samples import IMAGE_SUFFIXES
 from tests.support import write_captions
 from tests.support_images import FEATURES, write_zoo
 
