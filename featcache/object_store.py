@@ -3,8 +3,9 @@ Storage, Azure Blob Storage. Sent again where that can help, one clear line wher
 
 Two layers of retries. obstore's own is for a single HTTP request: 5xx answers, 429, connections
 that cannot be made, break off or stall. Above it whole operations are begun anew where obstore
-gives up on a broken answer (of a listing, or of the request that ends a multipart upload). Both end
-`retry_s()` after the first attempt.
+gives up: on a broken answer (of a listing, or of the request that ends a multipart upload), and
+after `ATTEMPT_S`, since a call of obstore cannot be interrupted. All ends `retry_s()` after the
+first attempt.
 
 What an object store refuses for good (no such bucket, wrong credentials) is found out by one small
 request when a process first meets a bucket, within `PROBE_S`, and raised as ObjectStoreError.
@@ -39,6 +40,8 @@ FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 """Between two attempts: doubled each time, with jitter, up to here."""
 PROBE_S = 10.0
+ATTEMPT_S = 20.0
+"""Of obstore's own retries; Ctrl-C waits for them."""
 CONNECT_S = 5.0
 STALLED_S = 30.0
 """Without a byte of the answer, a request counts as lost and is sent again."""
@@ -103,7 +106,7 @@ def client(bucket: str) -> ObjectStore:
         if found is None:
             _clients.used = True
             _probe(bucket, _open(bucket, min(PROBE_S, retry_s())))
-            found = _clients.of[bucket] = _open(bucket, retry_s())
+            found = _clients.of[bucket] = _open(bucket, min(ATTEMPT_S, retry_s()))
         return found
 
 
