@@ -182,9 +182,7 @@ def _files(path: Path) -> dict[str, None]:
 def _key_of(path: Path, root: StorePath) -> str:
     """Raises ManifestError where it does not lie below the image root."""
     if isinstance(root, ObjectPath):
-        raise ManifestError(
-            f"{path} is on a disk, the image root {root} is not; check --images"
-        )
+        raise ManifestError(f"{path} is on a disk, the image root {root} is not; check --images")
     base = os.path.relpath(path, root)
     if base == os.pardir or base.startswith(os.pardir + os.sep):
         raise ManifestError(

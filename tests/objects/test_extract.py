@@ -21,7 +21,13 @@ from cli.console import run
 from cli.featcache import group
 from featcache import extract as extraction
 from featcache import layout, object_requests, sources
-from featcache.errors import ImageError, IncompleteStoreError, ObjectStoreError, StoreError
+from featcache.errors import (
+    ImageError,
+    IncompleteStoreError,
+    ManifestError,
+    ObjectStoreError,
+    StoreError,
+)
 from featcache.extract import ExtractOptions, extract
 from featcache.journal import Plan
 from featcache.object_path import ObjectPath
@@ -330,6 +336,28 @@ def test_images_and_data_out_of_a_bucket(
     ref = ImageRef(str(bucket / "some/images"), "gone.png")
     with pytest.raises(ImageError, match=rf"missing: {bucket}/some/images/gone.png"):
         ref.read()
+
+
+def test_data_that_a_bucket_cannot_give(
+    encoder_dir: Path, tmp_path: Path, bucket: ObjectPath
+) -> None:
+    names = write_images(tmp_path / "images", 3)
+    for name in names:
+        (bucket / "images" / name).write([(tmp_path / "images" / name).read_bytes()])
+    (bucket / "shards.tar").write([bytes(10_240)])
+    options = options_for(encoder_dir, tmp_path / "images", tmp_path / "store.zarr")
+    for wrong, message in {
+        bucket / "shards.tar": r"shards.tar: a .tar file is read from a disk",
+        bucket / "nothing": r"nothing does not exist; check --data",
+        tmp_path / "images": r"images is on a disk, the image root s3://.* is not; check --images",
+    }.items():
+        with pytest.raises(ManifestError, match=message):
+            extract(replace(options, data=(wrong,), image_root=bucket / "images"))
+    with pytest.raises(ManifestError, match=r"images lies outside of the image root"):
+        extract(replace(options, data=(bucket / "images",), image_root=tmp_path))
+    captions = write_captions(tmp_path / "captions.jsonl", names)
+    mixed = replace(options, data=(captions,), image_root=bucket / "images")
+    assert extract(mixed).features == 3
 
 
 def test_a_large_image_of_a_bucket_is_not_read(
