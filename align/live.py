@@ -13,7 +13,7 @@ from pathlib import Path
 from align.errors import DataError
 from align.generate import generate
 from align.run import Speaker
-from featcache.encoders import load_encoder
+from featcache.encoders import fit_of, load_encoder
 from featcache.errors import ImageError
 from featcache.fingerprint import fingerprint, require_same
 from featcache.images import load_image
@@ -44,6 +44,7 @@ def caption_images(
         layers=stored["features"]["layers"],
         device=speaker.model.device,
         random_weights=stored["encoder"]["random_weights"],
+        fit=fit_of(stored),
     )
     require_same(
         _deciding(stored),

@@ -251,6 +251,7 @@ def assemble(config: RunConfig, features: Sequence[StorePath | str], path: Path)
         cache_bytes=None if cache.cache_gb is None else int(cache.cache_gb * 1e9),
     )
     _check_encoder(config, store)
+    _require_one_length(store)
     layer = _layer(config, store)
     model, encoder = _build(config, store.num_patches, store.width)
     return Run(
@@ -468,6 +469,15 @@ def _check_encoder(config: RunConfig, store: Store) -> None:
         raise FingerprintMismatch(
             f"features.encoder={wanted}: {store.path} was extracted with {there}; extract with "
             f"--model {wanted}, or set features.encoder=null to train on it all the same"
+        )
+
+
+def _require_one_length(store: Store) -> None:
+    if store.info.varies:
+        raise ConfigError(
+            f"--features: {store.path} has another number of patches for each image (encoder "
+            f"{store.fingerprint['encoder']['name']}), and the connectors here take one number; "
+            "extract with an encoder of a fixed resolution"
         )
 
 

@@ -15,6 +15,10 @@ group = LazyGroup(
             "Caption images on the live path.",
         ),
         "report": ("cli.report:report", "A run as one static HTML page."),
+        "plan": (
+            "cli.plan:plan",
+            "Bytes, hours and break-even of a feature cache, before any is spent.",
+        ),
         "bench": ("cli.bench:bench", "Read speed of the store, beside peers and memcpy."),
         "configs": ("cli.configs:configs", "The recipes shipped, one line each."),
         "demo": ("cli.demo:demo", "The whole job on generated data: extract, train, eval, report."),

@@ -52,7 +52,16 @@ SHOWN_REASONS = 5
     multiple=True,
     default=("-2",),
     show_default=True,
-    help="As in hidden_states, or 'last' (after the post-layernorm); may be repeated.",
+    help="As in hidden_states, 'last' (after the final norm), or 'multi-stage' (ConvNeXt); may be "
+    "repeated.",
+)
+@click.option(
+    "--fit",
+    default="checkpoint",
+    show_default=True,
+    metavar="HOW",
+    help="How images get the encoder's size: as its checkpoint says, squash, crop (the middle), or "
+    "pad (to a square of the mean colour, or pad:R,G,B).",
 )
 @click.option(
     "--codec",
@@ -63,7 +72,9 @@ SHOWN_REASONS = 5
 @click.option("--batch-size", default="auto", show_default=True, help="Images per forward.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(
-    "--shard-images", type=click.IntRange(1), help="Rows a shard [the store's; 128 if new]."
+    "--shard-images",
+    type=click.IntRange(1),
+    help="Rows a shard [the store's; if new 128, or 1 GB].",
 )
 @click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
 @click.option(
@@ -92,6 +103,7 @@ SHOWN_REASONS = 5
 )
 @click.option("--dry-run", is_flag=True, help="Scan, plan and probe; say what it would take.")
 @click.option("--force", is_flag=True, help="Begin although the disk seems too small.")
+@click.option("--compile", is_flag=True, help="torch.compile the encoder; costs a minute, once.")
 @click.option("--random-weights", is_flag=True, help="Seeded random weights, for benchmarks.")
 def extract(
     model: str,
@@ -99,6 +111,7 @@ def extract(
     images: StorePath | None,
     out: StorePath,
     layers: tuple[str, ...],
+    fit: str,
     codec: str,
     batch_size: str,
     device: str,
@@ -111,6 +124,7 @@ def extract(
     max_failures: float,
     dry_run: bool,
     force: bool,
+    compile: bool,
     random_weights: bool,
 ) -> console.Result:
     """Run a frozen vision encoder once over images and store its features.
@@ -150,6 +164,8 @@ def extract(
         random_weights=random_weights,
         dry_run=dry_run,
         force=force,
+        fit=fit,
+        compile=compile,
     )
     rank = rank_from(os.environ)
     if rank is not None and rank.index > 0:

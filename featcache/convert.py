@@ -50,7 +50,7 @@ from featcache.extract import (
 from featcache.files import PARTIAL, publish, publish_json, read_json, sync
 from featcache.hdf5 import Hdf5Form, is_hdf5, writing
 from featcache.index import build_arrays, enter_index, publish_index
-from featcache.journal import Commit, Journal, Plan, locked, num_rows
+from featcache.journal import Commit, Journal, Plan, RowRecord, locked, num_rows
 from featcache.layout import Status, StoreInfo
 from featcache.object_path import require_disk
 from featcache.store import Store
@@ -344,7 +344,10 @@ def _calibrate(store: Store, codec: Codec, plans: list[Plan]) -> Mapping[str, Te
     for layer in store.layers:
         with store.reader(layer, threads=1, depth=1) as reader:
             features = reader.read(np.array(rows[:CALIBRATION_IMAGES]), torch.float32)
-        measured[layer] = codec.calibrate(features)
+        lengths = store.lengths[rows[:CALIBRATION_IMAGES]].tolist()
+        measured[layer] = codec.calibrate(
+            [image[:length] for image, length in zip(features, lengths, strict=True)]
+        )
     return {layer: values for layer, values in measured.items() if values is not None}
 
 
@@ -363,7 +366,7 @@ class _Recoder:
                 self.buffer.fail(slot, Status(row.status), row.detail, row.size)
                 continue
             features, pooled = source.get(slot)
-            problem = self._set(slot, features, pooled, row.size)
+            problem = self._set(slot, features, pooled, row)
             if problem:
                 name, detail = problem.split(": ", 1)
                 self.buffer.fail(slot, Status[name.upper()], detail, row.size)
@@ -373,7 +376,7 @@ class _Recoder:
         slot: int,
         features: Mapping[str, StoredFeatures],
         pooled: Tensor | None,
-        size: tuple[int, int],
+        row: RowRecord,
     ) -> str | None:
         """Returns why the image cannot be stored, where it cannot."""
         kept = {}
@@ -392,7 +395,7 @@ class _Recoder:
             if problem:
                 return f"{problem} (pooled)"
             pooled = codes[0]
-        self.buffer.set(slot, kept, pooled, size)
+        self.buffer.set(slot, kept, pooled, row.size, row.grid)
         return None
 
 

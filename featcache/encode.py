@@ -254,7 +254,7 @@ class ShardEncoder:
         for slot in slots:
             row = fresh.rows[slot]
             if row.status == Status.OK:
-                buffer.set(slot, *fresh.get(slot), row.size)
+                buffer.set(slot, *fresh.get(slot), row.size, row.grid)
             else:
                 buffer.fail(slot, Status(row.status), row.detail, row.size)
 
@@ -367,7 +367,8 @@ class ShardEncoder:
                 failed += 1
                 continue
             features = {name: values[j : j + 1] for name, values in stored.items()}
-            buffer.set(slot, features, None if pooled is None else pooled[j], size)
+            vector = None if pooled is None else pooled[j]
+            buffer.set(slot, features, vector, size, encoded.grid(j))
         return failed
 
     def _stored(
@@ -531,13 +532,11 @@ def calibrate(
         taken: dict[str, list[Tensor]] = {layer: [] for layer in encoder.layers}
         source = islice(_pixels(encoder, plan, sources, decode_threads), CALIBRATION_IMAGES)
         while batch := list(islice(source, plan.batch_size)):
-            features = encoder.encode(encoder.collate(batch)).features
-            for layer, values in features.items():
-                taken[layer].append(values.float().cpu())
+            encoded = encoder.encode(encoder.collate(batch))
+            for layer in encoder.layers:
+                taken[layer] += encoded.images(layer)
         if all(taken.values()):
-            measured = {
-                layer: codec.calibrate(torch.cat(values)) for layer, values in taken.items()
-            }
+            measured = {layer: codec.calibrate(images) for layer, images in taken.items()}
             return {layer: values for layer, values in measured.items() if values is not None}
     return {}
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from featcache import layout
-from featcache.codecs import Codec, get_codec
+from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.device import num_cores
 from featcache.errors import ConfigError, FeatcacheError, ManifestError, StoreError
 from featcache.executors import Executor, open_executor
@@ -62,6 +62,9 @@ from featcache.writer import write_error
 
 DEFAULT_BATCH_SIZE = {"cuda": 64, "cpu": 16}
 DEFAULT_SHARD_IMAGES = 128
+DEFAULT_SHARD_BYTES = 1 << 30
+"""Of a shard's features at the most, where nothing else is asked for: a ConvNeXt's are 106 MB an
+image, and shards are filled in memory."""
 PROBED_BATCHES = 16
 """Of at least so many batches, a few seconds are spent to tell how long all of them will take."""
 BOOKKEEPING_BYTES_PER_ROW = 1024
@@ -80,6 +83,7 @@ class ExtractOptions:
     besides (featcache/tiles.py); none where empty.
     max_failures: ratio of images without features above which the result is not ok.
     force: begin although the disk seems too small.
+    fit, compile: see `load_encoder`.
     """
 
     model: str
@@ -100,6 +104,8 @@ class ExtractOptions:
     random_weights: bool = False
     dry_run: bool = False
     force: bool = False
+    fit: str = "checkpoint"
+    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +266,8 @@ def _worker_options(options: ExtractOptions, workers: int) -> WorkerOptions:
         layers=options.layers,
         device=options.device,
         random_weights=options.random_weights,
+        fit=options.fit,
+        compile=options.compile,
         decode_threads=options.decode_threads or max(1, num_cores() // workers),
     )
 
@@ -411,7 +419,7 @@ def _describe(
         layers=list(encoder.layers),
         num_patches=encoder.num_patches,
         width=encoder.width,
-        shard_images=options.shard_images or DEFAULT_SHARD_IMAGES,
+        shard_images=options.shard_images or default_shard_images(encoder, codec),
         pooled=encoder.pooled,
     )
     # Wherever a store was begun: what says how its features were made may be lost.
@@ -437,6 +445,13 @@ def _describe(
         "images": str(manifest.image_root.absolute()),
     }
     return info
+
+
+def default_shard_images(encoder: EncoderInfo, codec: Codec) -> int:
+    """As many as `DEFAULT_SHARD_BYTES` hold, and no more than `DEFAULT_SHARD_IMAGES`."""
+    layer = LayerCodec(codec, encoder.num_patches, encoder.width)
+    image_bytes = layer.image_bytes * len(encoder.layers)
+    return max(1, min(DEFAULT_SHARD_IMAGES, DEFAULT_SHARD_BYTES // image_bytes))
 
 
 def prepare_store(

@@ -56,8 +56,11 @@ def fingerprint(encoder: Encoder) -> dict[str, Any]:
         },
         "features": {
             "layers": list(encoder.layers),
-            "post_layernorm": [layer == "last" for layer in encoder.layers],
-            "dropped_tokens": "none",
+            "post_layernorm": [
+                layer == "last" and encoder.tower.final_norm for layer in encoder.layers
+            ],
+            "dropped_tokens": encoder.tower.dropped_tokens,
+            **encoder.tower.describe(),
         },
         "preprocessing": {
             **encoder.preprocessing.describe(),
@@ -69,6 +72,7 @@ def fingerprint(encoder: Encoder) -> dict[str, Any]:
             "fp32_matmul": _fp32_matmul(encoder),
             "device": encoder.device.type,
             "attention": encoder.config._attn_implementation,
+            **({"compile": True} if encoder.compiled else {}),
         },
         "versions": versions(),
     }

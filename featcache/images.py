@@ -8,8 +8,8 @@ An image is its pixels or an ImageError, nothing else: what Pillow merely warns 
 trailing bytes, 89 to 179 megapixels) is an image, and neither shows on the user's terminal nor
 becomes an error where warnings are errors. A truncated file is no image.
 
-RAM while one image is decoded: 8 bytes a pixel, JPEG2000 14, WEBP 16; at Pillow's limit of 179
-megapixels 1.4, 2.5 and 2.9 GB.
+RAM while one image is decoded: 8 bytes a pixel, progressive JPEG 10, JPEG2000 14, WEBP 16; at
+Pillow's limit of 179 megapixels 1.4, 1.8, 2.5 and 2.9 GB.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     # Not wanted, and a damaged one would stop the conversion.
     image.info.pop("transparency", None)
+    if image.mode == "RGB" and image.format in ("JPEG", "MPO", "PNG"):
+        return image  # `convert` would copy it; other plugins keep their decoder's memory as well
     # Pillow reads PPM of more than 8 bits as mode I, scaled to 16.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return image.convert("I").point(_GREY16_TO_8, "L").convert("RGB")

@@ -43,6 +43,8 @@ class Index:
     digests: uint8[R, 16]; status: uint8[R]; sizes: int32[R, 2] original width and height;
     checksums: {layer or "pooled": uint64[R]} xxh3_64 of a row's stored bytes;
     packed_failures: uint8, see `failures`.
+    grids: int32[R, 2] height and width in patches, zeros without features; None where all images
+    have the same.
     """
 
     key_hash: np.ndarray[Any, Any]
@@ -54,6 +56,7 @@ class Index:
     sizes: np.ndarray[Any, Any]
     checksums: dict[str, np.ndarray[Any, Any]]
     packed_failures: np.ndarray[Any, Any]
+    grids: np.ndarray[Any, Any] | None = None
     _failures: dict[str, Failure] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -135,6 +138,7 @@ class Index:
             **{name: read(name) for name in _PLAIN},
             checksums={name: read(f"checksums/{name}") for name in checksummed(info)},
             packed_failures=read("failures"),
+            grids=read("grids") if info.varies else None,
         )
 
 
@@ -306,6 +310,7 @@ def build_arrays(info: StoreInfo, journal: Journal) -> dict[str, np.ndarray[Any,
         "sizes": journal.sizes,
         "failures": pack_failures(failures),
         **{f"checksums/{name}": sums for name, sums in checksums.items()},
+        **({"grids": np.where(ok[:, None], journal.grids, 0)} if info.varies else {}),
     }
 
 

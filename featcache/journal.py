@@ -157,12 +157,14 @@ class RowRecord:
     status: `Status` value. detail: for the ledger, empty where the row is fine.
     size: original (width, height) in pixels, (0, 0) where unknown.
     checksums: xxh3_64 of the stored bytes, {layer: of codes and then scales, "pooled": ...}.
+    grid: (height, width) in patches where each image has its own, else None and not written.
     """
 
     status: int = Status.UNUSED
     detail: str = ""
     size: tuple[int, int] = (0, 0)
     checksums: dict[str, int] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -183,6 +185,7 @@ class Commit:
         """The bytes of its file: the rows as columns, which take a third of the space of rows, and
         a thirtieth of the time to write."""
         names = dict.fromkeys(name for row in self.rows for name in row.checksums)
+        grids = [row.grid for row in self.rows]
         return seal_json(
             {
                 "shard": self.shard,
@@ -192,6 +195,7 @@ class Commit:
                 "checksums": {
                     name: [row.checksums.get(name) for row in self.rows] for name in names
                 },
+                **({"grid": grids} if any(grids) else {}),
                 "files": {path: asdict(seal) for path, seal in self.files.items()},
                 "seconds": self.seconds,
                 "versions": self.versions,
@@ -213,6 +217,8 @@ class Commit:
             for row, checksum in zip(rows, checksums, strict=True):
                 if checksum is not None:
                     row.checksums[name] = checksum
+        for row, grid in zip(rows, document.get("grid", ()), strict=False):
+            row.grid = None if grid is None else (grid[0], grid[1])
         return cls(
             shard=document["shard"],
             rows=rows,
@@ -260,15 +266,17 @@ class Journal:
 
     status: uint8[R], UNUSED where a row's shard is not committed. sizes: int32[R, 2], original
     width and height in pixels. checksums: {layer or "pooled": uint64[R]}, 0 where a row has none.
+    grids: int32[R, 2], height and width in patches where they vary, else zeros.
     details: {row: why it has none}. pending: (plan, shard) still to be done, in order.
     recorded: shards that have a commit record, if a damaged one.
 
-    RAM: 25 bytes a row and layer.
+    RAM: 17 bytes a row, and 8 for each checksum.
     """
 
     plans: list[Plan]
     status: np.ndarray[Any, Any]
     sizes: np.ndarray[Any, Any]
+    grids: np.ndarray[Any, Any]
     checksums: dict[str, np.ndarray[Any, Any]]
     details: dict[int, str]
     pending: list[tuple[Plan, int]]
@@ -317,6 +325,7 @@ class Journal:
             plans,
             np.full(rows, Status.UNUSED, np.uint8),
             np.zeros((rows, 2), np.int32),
+            np.zeros((rows, 2), np.int32),
             {},
             {},
             [],
@@ -335,6 +344,7 @@ class Journal:
         here = slice(first, first + len(records))
         self.status[here] = [record.status for record in records]
         self.sizes[here] = [record.size for record in records]
+        self.grids[here] = [record.grid or (0, 0) for record in records]
         for row, record in enumerate(records, first):
             if record.status != Status.OK:
                 self.details[row] = record.detail

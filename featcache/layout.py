@@ -102,6 +102,13 @@ class StoreInfo:
     _there: bytes | None = field(default=None, init=False, repr=False, compare=False)
     """The root's zarr.json as it was loaded or saved last; what is saved takes its place alone."""
 
+    @property
+    def varies(self) -> bool:
+        """Whether each image has its own patch grid, up to P patches; the index then has `grids`,
+        and the features of an image end after its own patches."""
+        features = self.fingerprint.get("features", {})
+        return bool(features.get("lengths") == "per image")
+
     def attributes(self) -> dict[str, Any]:
         """The attribute "featcache", sealed by a checksum."""
         fields = asdict(self)

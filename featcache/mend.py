@@ -59,6 +59,9 @@ class Records:
             rows[slot] = RowRecord(status, details.get(row, ""), (width, height))
             if status == Status.OK:
                 rows[slot].checksums = {name: int(of[row]) for name, of in index.checksums.items()}
+                if index.grids is not None:
+                    height, width = index.grids[row].tolist()
+                    rows[slot].grid = (height, width)
         return rows
 
     @functools.cached_property

@@ -22,7 +22,7 @@ import numpy as np
 from featcache import layout
 from featcache.codecs import get_codec
 from featcache.encode import ShardEncoder, calibrate
-from featcache.encoders import RANDOM_REVISION, Encoder, load_encoder
+from featcache.encoders import RANDOM_REVISION, Encoder, fit_of, load_encoder
 from featcache.errors import FeatcacheError, StoreError
 from featcache.files import publish
 from featcache.fingerprint import fingerprint, require_same
@@ -289,6 +289,8 @@ def encoder_of(info: StoreInfo, model: str | None, device: str | None = None) ->
         layers=info.layers,
         device=device or info.fingerprint.get("compute", {}).get("device", "cpu"),
         random_weights=made.get("revision") == RANDOM_REVISION,
+        fit=fit_of(info.fingerprint),
+        compile=info.fingerprint.get("compute", {}).get("compile", False),
     )
 
 

@@ -132,6 +132,20 @@ class Store:
         """int32[rows, 2]: each image's original (width, height) in pixels."""
         return self.index.sizes
 
+    @property
+    def grids(self) -> np.ndarray[Any, Any] | None:
+        """int32[rows, 2]: each image's (height, width) in patches, zeros where it has no features;
+        None where all images have the same."""
+        return self.index.grids
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """int32[rows]: how many of each image's P patches are its own; zeros follow them (what the
+        codec makes of zeros). P for all where they do not vary."""
+        if self.grids is None:
+            return np.full(self.num_rows, self.num_patches, np.int32)
+        return self.grids.prod(1, dtype=np.int32)
+
     @functools.cached_property
     def spec(self) -> ShardSpec:
         """What its shards are made of. Raises CorruptStoreError."""

@@ -33,9 +33,9 @@ from featcache.store import shard_spec
 class WorkerOptions:
     """How a worker works; can be sent to another process.
 
-    out: the store. model, layers, device, random_weights: see `load_encoder`. decode_threads: that
-    decode images. compute_threads: of torch on the CPU; None leaves them as they are.
-    load: makes the encoder.
+    out: the store. model, layers, device, random_weights, fit, compile: see `load_encoder`.
+    decode_threads: that decode images. compute_threads: of torch on the CPU; None leaves them as
+    they are. load: makes the encoder.
     """
 
     out: StorePath
@@ -43,6 +43,8 @@ class WorkerOptions:
     layers: tuple[str, ...] = ("-2",)
     device: str = "cpu"
     random_weights: bool = False
+    fit: str = "checkpoint"
+    compile: bool = False
     decode_threads: int = 1
     compute_threads: int | None = None
     load: Callable[..., Encoder] | None = None
@@ -106,6 +108,8 @@ class Worker:
             layers=options.layers,
             device=options.device,
             random_weights=options.random_weights,
+            fit=options.fit,
+            compile=options.compile,
         )
 
     def describe(self) -> EncoderInfo:
@@ -115,7 +119,7 @@ class Worker:
             layers=encoder.layers,
             num_patches=encoder.num_patches,
             width=encoder.width,
-            pooled=encoder.model.use_head,
+            pooled=encoder.tower.pools,
             device=encoder.device.type,
         )
 

@@ -109,9 +109,10 @@ class ShardBuffer:
         features: Mapping[str, StoredFeatures],
         pooled: Tensor | None,
         size: tuple[int, int],
+        grid: tuple[int, int] | None = None,
     ) -> None:
         """Put one image in place. features: {layer: batch of this one image, on the CPU};
-        pooled: pooled_dtype[D]."""
+        pooled: pooled_dtype[D]; size, grid: see `RowRecord`."""
         checksums = {}
         for name, stored in features.items():
             codes = raw_bytes(stored.codes)
@@ -126,7 +127,7 @@ class ShardBuffer:
             assert self._pooled is not None
             self._pooled[slot] = pooled
             checksums["pooled"] = xxhash.xxh3_64_intdigest(raw_bytes(pooled))
-        self.rows[slot] = RowRecord(Status.OK, "", size, checksums)
+        self.rows[slot] = RowRecord(Status.OK, "", size, checksums, grid)
 
     def fail(self, slot: int, status: Status, detail: str, size: tuple[int, int] = (0, 0)) -> None:
         """Enter the row in the ledger; it gets no chunk and reads as NaN."""

@@ -10,11 +10,13 @@ from align.demo.run import QUICK
 from benchmarks import (
     bench_codec_loss,
     bench_codecs,
+    bench_decode,
     bench_open,
     bench_page_cache,
     bench_reader,
     bench_sampling,
     bench_write,
+    plan_scale,
 )
 from benchmarks.bench_open import write_index
 from featcache.codecs import CODECS
@@ -87,3 +89,29 @@ def test_bench_reader(tmp_path: Path) -> None:
     assert by_name["joined", "read from both", None]["p50"] > 0
     memory = by_name["featcache", "reader RssAnon", 1000]
     assert memory["p50"] < memory["config"]["allowed_mb"]
+
+
+def test_bench_decode() -> None:
+    pytest.importorskip("simplejpeg")
+    pytest.importorskip("pyarrow")
+    counted = bench_decode.compare(2)
+    assert {row["metric"] for row in counted if row["x"].startswith("4:2:0")} == {"equal"}
+    rows = bench_decode.measure(((40, 30),), rounds=1, seconds=0.0)
+    assert len(rows) == 2 * 2 * (5 + 4)  # wall and CPU, one and two threads; arrays stay as large
+    assert all(row["p50"] > 0 for row in rows)
+
+
+def test_the_tables_of_docs_scale_are_what_the_formulas_give() -> None:
+    page = plan_scale.PAGE.read_text()
+    shown = page.split(plan_scale.BEGIN)[1].split(plan_scale.END)[0]
+    assert shown == f"\n\n{plan_scale.markdown()}\n\n", "python benchmarks/plan_scale.py --write"
+
+
+def test_writing_the_tables_leaves_the_rest_of_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{plan_scale.BEGIN}\nold\n{plan_scale.END}\nafter\n")
+    plan_scale.write(page)
+    tables = plan_scale.markdown()
+    assert page.read_text() == (
+        f"before\n{plan_scale.BEGIN}\n\n{tables}\n\n{plan_scale.END}\nafter\n"
+    )

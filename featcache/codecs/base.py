@@ -6,6 +6,7 @@ Letters: B images, P patches, D encoder width, C codes of a patch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,9 @@ class Codec(ABC):
         return width
 
     @abstractmethod
-    def calibrate(self, features: Tensor) -> Tensor | None:
-        """features: float[N, P, D] of the first images -> the static float32[2, D] (offset, scale);
-        None for a codec without."""
+    def calibrate(self, features: Tensor | Sequence[Tensor]) -> Tensor | None:
+        """features: float[P, D] of each of the first images -> the static float32[2, D] (offset,
+        scale); None for a codec without."""
 
     @abstractmethod
     def encode(self, features: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -73,7 +74,7 @@ class FloatCodec(Codec):
     def pooled_dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.dtype
 
-    def calibrate(self, features: Tensor) -> None:
+    def calibrate(self, features: Tensor | Sequence[Tensor]) -> None:
         return None
 
     def encode(self, features: Tensor, channels: Tensor | None) -> tuple[Tensor, None]:

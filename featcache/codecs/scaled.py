@@ -6,7 +6,7 @@ Letters: B images, P patches, D encoder width, C codes of a patch, R patches of 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,17 +33,18 @@ class ScaledCodec(Codec):
     fill_value: int = 0
     scaled: bool = True
 
-    def calibrate(self, features: Tensor) -> Tensor:
+    def calibrate(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         """offset: the channel's mean. scale: the square root of its standard deviation, which of
         all static scales gives the least squared error under one scale a patch (the product of
         sum(scale^2), the noise, and sum(variance / scale^2), the range, is least there); divided by
         the largest. A channel that hardly moves gets a quarter of the mean scale, so that it does
         no harm if it moves later. Images with NaN or infinity do not count.
         """
-        width = features.shape[-1]
+        like = features if isinstance(features, Tensor) else features[0]
+        width, device = like.shape[-1], like.device
         images = [image.reshape(-1, width) for image in features if image.isfinite().all()]
         count = sum(len(image) for image in images)
-        offset = torch.zeros(width, dtype=torch.float64, device=features.device)
+        offset = torch.zeros(width, dtype=torch.float64, device=device)
         variance = torch.zeros_like(offset)
         for image in images:
             offset += image.double().sum(0) / count

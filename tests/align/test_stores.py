@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 import align.data.collate
 import featcache
@@ -27,7 +29,7 @@ from align.tracking import read_metrics
 from align.trainer import train
 from featcache.codecs import CODECS, StoredFeatures
 from featcache.convert import convert
-from featcache.errors import FingerprintMismatch
+from featcache.errors import ConfigError, FingerprintMismatch
 from featcache.extract import ExtractOptions, extract
 from featcache.files import with_checksum
 from featcache.fingerprint import flatten
@@ -337,3 +339,36 @@ def test_codes_are_decoded_without_gradients_to_what_autocast_is_given(
     assert torch.equal(given[0], batch.features.decode(torch.float32))
     same = replace(batch, features=batch.features.decode(torch.float32))
     assert torch.equal(loaded.model(same)[0], loss)
+
+
+def test_images_of_different_lengths_are_refused(
+    folder: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """SigLIP 2 NaFlex: no connector here takes another number of patches for each image yet."""
+    config = Siglip2VisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_patches=4, patch_size=8,
+    )  # fmt: skip
+    Siglip2VisionModel(config).save_pretrained(tmp_path / "naflex")
+    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=4)
+    processor.save_pretrained(tmp_path / "naflex")
+    store = tmp_path / "naflex.zarr"
+    model = str(tmp_path / "naflex")
+    extract(ExtractOptions(model, (folder / "captions.jsonl",), store, folder / "images"))
+    with pytest.raises(ConfigError, match=r"another number of patches for each image") as caught:
+        train(make_config(), [store], tmp_path / "run")
+    assert "\n" not in str(caught.value) and str(store) in str(caught.value)
+
+
+def test_captions_of_a_padded_store_are_of_padded_images(
+    world: Path, folder: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """The live path takes --fit from the store."""
+    out = tmp_path / "padded.zarr"
+    model, data = str(world / "siglip"), (folder / "captions.jsonl",)
+    extract(ExtractOptions(model, data, out, folder / "images", fit="pad"))
+    train(make_config("train.steps=1"), [out], tmp_path / "run")
+    speaker = load_speaker(tmp_path / "run")
+    assert speaker.store["preprocessing"]["aspect"] == "pad"
+    image = next((folder / "images").iterdir())
+    assert len(caption_images(speaker, [image])) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from cli import console
 from cli.console import run
 from cli.featcache import group
+from featcache.registry import ENCODERS
 from tests.support import write_captions, write_images
 from tests.support_inputs import samples, write_tar
 
@@ -97,7 +100,7 @@ def test_skipped_records_are_named(
         (["--layer", "9"], 1, "has no layer 9"),
         (["--data", "none.json"], 1, "none.json does not exist; check --data"),
         (["--model", "siglip2-so400n"], 1, "did you mean 'siglip2-so400m'?"),
-        (["--executor", "ray"], 2, "'ray' is not 'local'"),
+        (["--executor", "slurm"], 2, "'slurm' is not one of 'local', 'ray'"),
     ],
 )
 def test_errors_are_one_line(
@@ -122,6 +125,35 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(group, ["models", "--json"]) == 0
     models = json.loads(capsys.readouterr().out)["models"]
     assert models["siglip2-so400m"]["bytes_per_image"] == 1_679_616
+    assert all(entry["tflop"] > 0 and entry["width"] > 0 for entry in models.values())
+
+
+def test_the_table_of_models_shows_every_name_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal of 100 columns: only names of checkpoints may go on in a second line."""
+    from rich.console import Console
+
+    drawn = Console(width=100, record=True, file=io.StringIO())
+    monkeypatch.setattr(console, "stderr", lambda: drawn)
+    assert run(group, ["models"]) == 0
+    lines = drawn.export_text().splitlines()
+    assert max(map(len, lines)) <= 100
+    first = {line.split()[0] for line in lines if line.strip()}
+    assert set(ENCODERS) <= first
+    assert any("9216 x 5760" in line and "106.2 MB" in line for line in lines)
+
+
+def test_fit_and_what_is_wrong_with_it(
+    extract_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(group, [*extract_command, "--fit", "stretch"]) == 2
+    assert "error: --fit 'stretch' is none of checkpoint, squash, crop, pad" in (
+        capsys.readouterr().err
+    )
+    assert run(group, [*extract_command, "--fit", "pad:10,20,30"]) == 0
+    capsys.readouterr()
+    assert run(group, ["info", str(tmp_path / "store.zarr"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fingerprint"]["preprocessing"]["pad"] == [10, 20, 30]
 
 
 def test_the_installed_program() -> None:

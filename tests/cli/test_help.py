@@ -47,6 +47,7 @@ def test_commands_are_those_promised() -> None:
         "eval",
         "caption",
         "report",
+        "plan",
         "bench",
         "configs",
         "demo",

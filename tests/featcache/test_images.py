@@ -55,6 +55,25 @@ def test_16_bit_grey_is_scaled_not_clipped(data: bytes) -> None:
     assert np.asarray(decode(data)[0])[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
 
 
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "GIF"])
+def test_what_is_decoded_is_an_image_like_any_other(format: str) -> None:
+    """Resized, cropped, drawn on, when the file it came from is closed."""
+    data = encoded(Image.fromarray(RGB), format)
+    with Image.open(io.BytesIO(data)) as image:
+        plain = image.convert("RGB")
+    decoded = decode(data)[0]
+    for use in (
+        lambda image: image.resize((24, 24), Image.Resampling.BICUBIC),
+        lambda image: image.crop((3, 2, 20, 15)),
+        lambda image: image.convert("L"),
+        lambda image: image.copy(),
+    ):
+        assert use(decoded).tobytes() == use(plain).tobytes()
+    decoded.paste((1, 2, 3), (3, 2, 20, 15))
+    plain.paste((1, 2, 3), (3, 2, 20, 15))
+    assert decoded.tobytes() == plain.tobytes()
+
+
 def test_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])

@@ -1,0 +1,150 @@
+"""Floating-point operations of a training step, by formula. 2 a multiply-add, as is usual.
+
+Counted are the matrix products; norms, activations, softmax and rotary positions are left out.
+Recomputation inside a kernel is not counted: these are the operations that the model needs.
+
+    P patches, D encoder width, Q visual tokens, R resampler width
+    T tokens of a sample, N supervised ones among them, H LLM width, V vocabulary
+    L layers, h heads, k key-value heads, d head width, I hidden width of the feed-forward part
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.connectors import ConnectorConfig
+from align.connectors.mlp import MlpConfig
+from align.connectors.resampler import ResamplerConfig
+from align.errors import ModelError
+from featcache.errors import ConfigError
+
+GATED_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type`s of transformers that are L times: attention with grouped heads, and a feed-forward
+part of three matrices."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """The sizes of a dense decoder with gated feed-forward parts: Llama, Mistral, Qwen2, Qwen3.
+
+    hidden_size H; num_layers L; num_heads h; num_kv_heads k; head_dim d; intermediate_size I;
+    vocab_size V.
+    """
+
+    name: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+
+    @property
+    def block_parameters(self) -> int:
+        """Of the matrices of all layers: L (2 H h d + 2 H k d + 3 H I)."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
+
+    def frozen_step_flop(self, tokens: int, supervised: int, causal: bool = True) -> float:
+        """Forward and backward to the inputs of one sample, no weight getting a gradient.
+
+        Matrices: 2 forward and 2 backward a parameter and token. Attention: 4 T^2 h d forward a
+        layer, halved where the kernel leaves out what lies in the future, and twice that backward,
+        as both factors of each product get a gradient. The output layer: 4 V H a supervised token.
+        """
+        matrices = 4 * self.block_parameters * tokens
+        attention = 12 * tokens**2 * self.num_heads * self.head_dim * self.num_layers
+        head = 4 * self.vocab_size * self.hidden_size * supervised
+        return matrices + (attention / 2 if causal else attention) + head
+
+
+_SIZES = {
+    "Qwen3-0.6B": (1024, 28, 16, 8, 128, 3072, 151_936),
+    "Qwen3-1.7B": (2048, 28, 16, 8, 128, 6144, 151_936),
+    "Qwen3-4B": (2560, 36, 32, 8, 128, 9728, 151_936),
+    "Qwen3-8B": (4096, 36, 32, 8, 128, 12_288, 151_936),
+    "Qwen3-14B": (5120, 40, 40, 8, 128, 17_408, 151_936),
+    "Qwen3-32B": (5120, 64, 64, 8, 128, 25_600, 151_936),
+    "Qwen2.5-7B": (3584, 28, 28, 4, 128, 18_944, 152_064),
+    "Llama-3-8B": (4096, 32, 32, 8, 128, 14_336, 128_256),
+    "Vicuna-7B": (4096, 32, 32, 32, 128, 11_008, 32_000),
+    "Vicuna-13B": (5120, 40, 40, 40, 128, 13_824, 32_000),
+}
+LANGUAGE_MODELS = {name.lower(): LanguageModel(name, *sizes) for name, sizes in _SIZES.items()}
+"""Known without a hub, by their name in lower case. Source: their published config.json."""
+_VARIANTS = ("-base", "-instruct", "-v1.5")
+
+
+def find_language_model(name: str) -> LanguageModel:
+    """A model of `LANGUAGE_MODELS`, also as "Qwen/Qwen3-8B-Base"; else the one whose config.json
+    lies in a folder or on the hub.
+
+    Raises ModelError where there is none, or one of another architecture.
+    """
+    short = name.rsplit("/", 1)[-1].lower()
+    for variant in _VARIANTS:
+        short = short.removesuffix(variant)
+    if short in LANGUAGE_MODELS and not Path(name).is_dir():
+        return LANGUAGE_MODELS[short]
+    if "/" not in name and name != "tiny" and not Path(name).is_dir():
+        near = difflib.get_close_matches(short, LANGUAGE_MODELS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ModelError(
+            f"--llm {name}: not known by name; {hint}give one of {', '.join(LANGUAGE_MODELS)}, a "
+            "hub id (owner/name) or a folder with config.json"
+        )
+    from transformers import AutoConfig
+
+    from align.llm import find_llm
+
+    try:
+        found = AutoConfig.from_pretrained(find_llm(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--llm {name}: {str(error).splitlines()[0]}") from None
+    config = found.get_text_config()
+    if config.model_type not in GATED_DECODERS:
+        raise ModelError(
+            f"--llm {name}: how many operations a {config.model_type!r} model takes is not known; "
+            f"known are dense {', '.join(GATED_DECODERS)} models"
+        )
+    heads = config.num_attention_heads
+    return LanguageModel(
+        name,
+        config.hidden_size,
+        config.num_hidden_layers,
+        heads,
+        config.num_key_value_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        config.intermediate_size,
+        config.vocab_size,
+    )
+
+
+def connector_step_flop(
+    connector: ConnectorConfig, num_patches: int, width: int, hidden_size: int
+) -> float:
+    """Forward and backward of one image with gradients for all weights, none for the features.
+
+    Three times the forward, less the gradient that the first layer would hand to the features.
+    num_patches P, width D, hidden_size H. Raises ConfigError for a connector without a formula.
+    """
+    if isinstance(connector, MlpConfig):
+        first = 2 * num_patches * width * hidden_size
+        return 3 * (first + 2 * num_patches * (connector.depth - 1) * hidden_size**2) - first
+    if isinstance(connector, ResamplerConfig):
+        latents, inner = connector.num_latents, connector.heads * connector.head_dim
+        first = 2 * num_patches * width * inner
+        keys_and_values = 4 * num_patches * inner**2
+        query_and_output = 4 * latents * inner**2
+        attention = 4 * latents * num_patches * inner
+        feed_forward = 4 * latents * inner * round(inner * connector.ff_ratio)
+        block = keys_and_values + query_and_output + attention + feed_forward
+        hidden = round(hidden_size * connector.mlp_ratio)
+        projector = 2 * latents * hidden * (inner + hidden_size)
+        return 3 * (first + connector.depth * block + projector) - first
+    raise ConfigError(
+        f"connector {connector.name}: its operations are not known; see align/flop.py"
+    )
