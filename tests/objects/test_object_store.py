@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -190,6 +191,14 @@ def test_who_is_not_let_in_hears_so_at_once(
     forget()
     with pytest.raises(ConfigError, match="FEATCACHE_RETRY_S=soon"):
         featcache.open(f"{bucket}/s")
+
+
+def test_without_obstore(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(
+        ConfigError, match=r'needs obstore: pip install "featcache\[s3\]"'
+    ):
+        featcache.open("s3://bucket/store.zarr")
 
 
 def test_wrong_credentials(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import featcache
 from featcache import tier_pool
 from featcache.errors import ConfigError, CorruptStoreError, ObjectStoreError, StoreError
 from featcache.extract import extract
+from featcache.join import StoreJoin
 from featcache.object_path import ObjectPath
 from featcache.store import Store
 from featcache.tier import Tier
@@ -96,6 +97,17 @@ def test_the_same_features_as_from_a_disk(
         assert any(map(is_range, proxy.seen)) == (epoch == 0)
     assert np.array_equal(store.rows(["0003.png", "none"]), [3, -1])
     assert store.plans[0].keys == featcache.open(folder).plans[0].keys
+
+
+def test_a_store_in_a_bucket_is_joined_with_one_on_a_disk(
+    plain: tuple[Path, ObjectPath], folders: dict[str, Path]
+) -> None:
+    joined = StoreJoin([featcache.open(folders["int8"]), featcache.open(plain[1])])
+    rows = joined.rows(["0007.png", "0001.png"])
+    with joined.reader() as reader:
+        left, right = reader.read(rows, torch.float32)
+    assert torch.equal(right, read_all(featcache.open(plain[0]), [rows[:, 1]])[0])
+    assert torch.equal(left, read_all(featcache.open(folders["int8"]), [rows[:, 0]])[0])
 
 
 def test_each_row_is_asked_for_once(plain: tuple[Path, ObjectPath], proxy: Proxy) -> None:
