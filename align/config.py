@@ -93,6 +93,12 @@ class TrainConfig:
     """When an image's stored checksum is compared with what was read: "once" (the first time),
     "always", or "never"."""
 
+    cache_dir: str | None = None
+    """Folder on a local disk that keeps the features fetched from a bucket; null takes
+    FEATCACHE_CACHE_DIR, or `featcache` in the user's folder for caches."""
+    cache_gb: float | None = None
+    """GB of that disk to use at the most; null takes half of what is free or already used so."""
+
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one "field: reason" each."""
         if self.steps is not None and self.steps < 1:
@@ -106,6 +112,8 @@ class TrainConfig:
                 yield f"{name}: must be at least 1, got {getattr(self, name)}"
         if self.read_threads is not None and self.read_threads < 1:
             yield f"read_threads: must be at least 1 or null, got {self.read_threads}"
+        if self.cache_gb is not None and not (self.cache_gb >= 0 and math.isfinite(self.cache_gb)):
+            yield f"cache_gb: must be at least 0 and finite, or null, got {self.cache_gb}"
         if self.read_mode not in IO_MODES:
             known = ", ".join(map(repr, IO_MODES))
             yield f"read_mode: must be one of {known}, got {self.read_mode!r}"

@@ -175,20 +175,20 @@ def _command(run_dir: Path, info: dict[str, Any]) -> str:
     return f"align train {features} --config {config} --out NEW_RUN"
 
 
-def _image_root(config: RunConfig, info: dict[str, Any]) -> Path:
+def _image_root(config: RunConfig, info: dict[str, Any]) -> str:
     """Where the image files are; where neither config nor store tells, they are not found."""
     if config.data.images is not None:
-        return Path(config.data.images)
+        return config.data.images
     try:
-        return Path(featcache.open(info["features"][0]).source["images"])
+        return str(featcache.open(info["features"][0]).source["images"])
     except StoreError:
-        return Path()
+        return "."
 
 
 # ---------------------------------------------------------------------------------------- results
 
 
-def _splits(run_dir: Path, image_root: Path) -> list[Split]:
+def _splits(run_dir: Path, image_root: str) -> list[Split]:
     splits = []
     for folder in sorted(run_dir.glob("eval/*/")):
         if folder.name.endswith("-shuffled") or not (folder / "metrics.json").is_file():
@@ -284,11 +284,11 @@ def _number(name: str, value: float) -> str:
     return f"{value:.4f}" if name == "loss" else f"{100 * value:.1f} %"
 
 
-def _card(row: dict[str, Any], shuffled: str | None, image_root: Path) -> Card:
+def _card(row: dict[str, Any], shuffled: str | None, image_root: str) -> Card:
     reference, generated = compare_words(row["reference"], row["generated"])
     return Card(
         id=row["id"],
-        images=[_data_uri(ImageRef(str(image_root), key)) for key in row["images"]],
+        images=[_data_uri(ImageRef(image_root, key)) for key in row["images"]],
         reference=reference,
         generated=generated,
         shuffled=shuffled,
@@ -329,7 +329,7 @@ def compare_words(reference: str, generated: str) -> tuple[list[Word], list[Word
 def _data_uri(ref: ImageRef) -> str:
     """The image as a data URI, at most IMAGE_PIXELS a side; "" where the file is gone."""
     try:
-        image = decode(ref.read())[0]
+        image, _ = decode(ref.read())
     except ImageError:
         return ""
     image.thumbnail((IMAGE_PIXELS, IMAGE_PIXELS))
@@ -416,7 +416,7 @@ def _svg(lines: Iterable[tuple[str, Sequence[float], Sequence[float], str]]) -> 
     return " ".join(kept) + ' role="img">' + rest
 
 
-def _stories(log: Sequence[dict[str, Any]], image_root: Path) -> list[Story]:
+def _stories(log: Sequence[dict[str, Any]], image_root: str) -> list[Story]:
     rows = [row for row in log if row["kind"] == "samples"]
     if len(rows) > SHOWN_STEPS:
         picks = {round(i * (len(rows) - 1) / (SHOWN_STEPS - 1)) for i in range(SHOWN_STEPS)}
@@ -428,7 +428,7 @@ def _stories(log: Sequence[dict[str, Any]], image_root: Path) -> list[Story]:
                 position,
                 Story(
                     sample["id"],
-                    [_data_uri(ImageRef(str(image_root), key)) for key in sample["keys"]],
+                    [_data_uri(ImageRef(image_root, key)) for key in sample["keys"]],
                     sample["reference"],
                     [],
                 ),

@@ -39,6 +39,7 @@ from featcache.device import resolve_device
 from featcache.errors import ConfigError, FingerprintMismatch
 from featcache.files import publish_json
 from featcache.fingerprint import require_same
+from featcache.object_path import StorePath, is_url, parse_location
 from featcache.reader import FeatureReader
 from featcache.registry import same_encoder
 from featcache.store import Store
@@ -232,7 +233,7 @@ class Speaker:
     codec: LayerCodec
 
 
-def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> Run:
+def assemble(config: RunConfig, features: Sequence[StorePath | str], path: Path) -> Run:
     """Opens the store, loads the language model, joins the data, builds an untrained connector.
 
     features: exactly one store for the connectors there are.
@@ -243,7 +244,12 @@ def assemble(config: RunConfig, features: Sequence[Path | str], path: Path) -> R
         raise ConfigError(
             f"--features: connector {config.connector.name} reads one store, got {len(features)}"
         )
-    store = featcache.open(Path(features[0]))
+    cache = config.train
+    store = featcache.open(
+        features[0],
+        cache_dir=cache.cache_dir,
+        cache_bytes=None if cache.cache_gb is None else int(cache.cache_gb * 1e9),
+    )
     _check_encoder(config, store)
     _require_one_length(store)
     layer = _layer(config, store)
@@ -281,7 +287,7 @@ def load_run(
     path: Path | str,
     checkpoint: str = "last",
     *,
-    features: Sequence[Path | str] = (),
+    features: Sequence[StorePath | str] = (),
     overrides: Sequence[str] = (),
 ) -> Run:
     """A trained run with the connector of one of its checkpoints, in eval mode.
@@ -300,7 +306,7 @@ def load_run(
     config = load_config(folder.config, overrides)
     found = find_checkpoint(folder.checkpoints, checkpoint)
     for store in () if features else info["features"]:
-        if not Path(store).exists():
+        if not parse_location(store).exists():
             raise RunError(
                 f"{folder.path}: its store {store} is gone; if it has moved, give --features STORE "
                 "(`align caption` needs none)"
@@ -423,9 +429,9 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
 
 
-def absolute(features: Sequence[Path | str]) -> list[str]:
+def absolute(features: Sequence[StorePath | str]) -> list[str]:
     """Store paths as run.json keeps them: independent of the working directory."""
-    return [os.fspath(Path(path).absolute()) for path in features]
+    return [str(parse_location(path).absolute()) for path in features]
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
@@ -435,10 +441,12 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     """
 
     def absolute_path(path: str) -> str:
+        if is_url(path):
+            return path
         # Links are kept: a hub's cache links readable names to files named by their digest.
         return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
-    data, llm = config.data, config.llm
+    data, llm, train = config.data, config.llm, config.train
     is_folder = llm.name not in SHIPPED and Path(llm.name).expanduser().is_dir()
     return dataclasses.replace(
         config,
@@ -448,6 +456,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
             files=[absolute_path(path) for path in data.files],
             val_files=[absolute_path(path) for path in data.val_files],
             images=None if data.images is None else absolute_path(data.images),
+        ),
+        train=dataclasses.replace(
+            train, cache_dir=None if train.cache_dir is None else absolute_path(train.cache_dir)
         ),
     )
 

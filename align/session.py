@@ -42,6 +42,7 @@ from align.tracking import (
 )
 from featcache.errors import ConfigError
 from featcache.files import publish
+from featcache.object_path import StorePath
 
 E = TypeVar("E", bound=Event)
 
@@ -51,6 +52,8 @@ FREE_TO_CHANGE = (
     "data.max_missing",
     "eval",
     "train.device",
+    "train.cache_dir",
+    "train.cache_gb",
     "train.eval_every",
     "train.eval_samples",
     "train.keep_best",
@@ -210,7 +213,7 @@ class Session:
 
 def start_session(
     config: RunConfig,
-    features: Sequence[Path | str],
+    features: Sequence[StorePath | str],
     out: Path,
     resume: bool,
     on_event: OnEvent | None,
@@ -305,7 +308,7 @@ def start_session(
     return session
 
 
-def _info(session: Session, features: Sequence[Path | str]) -> dict[str, object]:
+def _info(session: Session, features: Sequence[StorePath | str]) -> dict[str, object]:
     """The content of run.json."""
     run = session.run
     return {

@@ -25,6 +25,7 @@ from align.optim import lr_at
 from align.run import Run
 from align.session import Meter, start_session
 from align.tracking import EvalEvent, OnEvent, SampleCaption, SampleEvent
+from featcache.object_path import StorePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class TrainResult:
 
 def train(
     config: RunConfig,
-    features: Sequence[Path | str],
+    features: Sequence[StorePath | str],
     out: Path | str,
     resume: bool = False,
     on_event: OnEvent | None = None,

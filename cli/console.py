@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import click
 
-from featcache.errors import FeatcacheError
+from featcache.errors import ConfigError, FeatcacheError
+from featcache.object_path import StorePath, parse_location
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -164,6 +165,23 @@ class LazyGroup(click.Group):
                 f"no command {args[0]!r}{did_you_mean(args[0], self.table)}", ctx=ctx
             )
         return super().resolve_command(ctx, args)
+
+
+class _Location(click.ParamType):
+    """A path, or an address in an object store: featcache.object_path.parse_location."""
+
+    name = "path"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> StorePath:
+        try:
+            return parse_location(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+LOCATION = _Location()
 
 
 def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:

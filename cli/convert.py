@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from cli import console
+from featcache.object_path import StorePath, require_disk
 
 
 @console.command(
     "convert",
     interrupted="run the same command again: one to Zarr goes on, one to HDF5 begins again",
 )
-@click.argument("source", type=Path, metavar="SRC")
-@click.argument("out", type=Path, metavar="DST")
+@click.argument("source", type=console.LOCATION, metavar="SRC")
+@click.argument("out", type=console.LOCATION, metavar="DST")
 @click.option("--codec", help="fp16, bf16, int8, fp8 or int4 [that of SRC].")
 @click.option("--force", is_flag=True, help="Replace DST, once the new store is whole.")
-def convert(source: Path, out: Path, codec: str | None, force: bool) -> console.Result:
+def convert(source: StorePath, out: StorePath, codec: str | None, force: bool) -> console.Result:
     """Write the store SRC to DST: one HDF5 file where DST ends in .h5 or .hdf5, else Zarr.
 
     With the codec of SRC every stored byte stays the same. Every row is checked on the way.
@@ -33,7 +33,13 @@ def convert(source: Path, out: Path, codec: str | None, force: bool) -> console.
                 progress.start = seen.resumed
             progress.update(seen.done, seen.total, written=console.size(seen.nbytes))
 
-        result = run(source, out, codec, force=force, on_progress=show)
+        result = run(
+            require_disk(source, "`featcache convert`"),
+            require_disk(out, "`featcache convert`"),
+            codec,
+            force=force,
+            on_progress=show,
+        )
     if result.resumed:
         console.say(f"{result.resumed:,} images were in place from a run that was stopped")
     console.say(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from cli import console
+from featcache.object_path import StorePath
 
 
 @console.command("diff", interrupted="nothing was changed")
-@click.argument("left", type=Path, metavar="A")
-@click.argument("right", type=Path, metavar="B")
-def diff(left: Path, right: Path) -> console.Document:
+@click.argument("left", type=console.LOCATION, metavar="A")
+@click.argument("right", type=console.LOCATION, metavar="B")
+def diff(left: StorePath, right: StorePath) -> console.Document:
     """Compare stores A and B: how they were made, their images, their failures.
 
     The exit code is 0 also where they differ; "same" in --json says whether they do.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli import console
+from featcache.object_path import StorePath
 
 if TYPE_CHECKING:
     from align.evaluate import EvalResult
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 )
 @click.option("--checkpoint", default="last", show_default=True, help="last, best or a step.")
 @click.option(
-    "--features", type=Path, metavar="STORE", help="The store, where it has moved [the run's]."
+    "--features",
+    type=console.LOCATION,
+    metavar="STORE",
+    help="The store, where it has moved [the run's].",
 )
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy [the run's setting].")
 @click.option(
@@ -40,7 +44,7 @@ def evaluate(
     limit: int | None,
     shuffle_features: bool,
     checkpoint: str,
-    features: Path | None,
+    features: StorePath | None,
     temperature: float | None,
     top_p: float | None,
     max_new_tokens: int | None,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli import console
+from featcache.object_path import ObjectPath, StorePath
 
 if TYPE_CHECKING:
     from featcache.executors.ranks import Rank
@@ -28,12 +28,24 @@ SHOWN_REASONS = 5
     "--data",
     required=True,
     multiple=True,
-    type=Path,
+    type=console.LOCATION,
     metavar="FILE",
-    help="JSON(L), YAML, tars, parquet or a folder: docs/inputs.md; may be a pattern, or repeated.",
+    help="JSON(L), YAML, tars, parquet or a folder: docs/inputs.md; may be a pattern, or s3://...; "
+    "may be repeated.",
 )
-@click.option("--images", type=Path, help="What image paths are relative to [the first file's].")
-@click.option("--out", required=True, type=Path, metavar="STORE", help="The store to make or add.")
+@click.option(
+    "--images",
+    type=console.LOCATION,
+    metavar="DIR",
+    help="What image paths are relative to, also s3://bucket/images [the first file's].",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=console.LOCATION,
+    metavar="STORE",
+    help="The store to make or add: a folder, or s3://bucket/store.zarr.",
+)
 @click.option(
     "--layer",
     "layers",
@@ -95,9 +107,9 @@ SHOWN_REASONS = 5
 @click.option("--random-weights", is_flag=True, help="Seeded random weights, for benchmarks.")
 def extract(
     model: str,
-    data: tuple[Path, ...],
-    images: Path | None,
-    out: Path,
+    data: tuple[StorePath, ...],
+    images: StorePath | None,
+    out: StorePath,
     layers: tuple[str, ...],
     fit: str,
     codec: str,
@@ -219,9 +231,10 @@ class RankLog:
     """What a rank other than 0 says: in a file of its own below the store's journal, and where it
     fails on stderr."""
 
-    def __init__(self, rank: Rank, out: Path) -> None:
+    def __init__(self, rank: Rank, out: StorePath) -> None:
         self._rank = rank
         self._path = out / "journal" / "jobs" / f"{rank.job}-rank{rank.index:05d}.log"
+        self._lines = ""
         self._said = self._began = time.monotonic()
 
     def __call__(self, progress: ExtractProgress) -> None:
@@ -240,8 +253,13 @@ class RankLog:
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._rank}: {text}\n"
+        if isinstance(self._path, ObjectPath):  # nothing is appended to an object
+            self._lines += line
+            self._path.write([self._lines.encode()])
+            return
         with self._path.open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._rank}: {text}\n")
+            file.write(line)
 
     def __enter__(self) -> RankLog:
         return self
@@ -265,7 +283,11 @@ def stages(work: WorkProgress, elapsed_s: float) -> str:
 
 def _expected(preflight: Preflight) -> str:
     """E.g. "558,128 images to encode: 937.4 GB of 2.1 TB free, about 1 h 05 min"."""
-    space = f"{console.size(preflight.nbytes)} of {console.size(preflight.free_bytes)} free"
+    space = f"{console.size(preflight.nbytes)} "
+    if preflight.free_bytes is None:
+        space += "into a bucket, whose free space is not known"
+    else:
+        space += f"of {console.size(preflight.free_bytes)} free"
     text = f"{preflight.images:,} images to encode: {space}"
     if preflight.speed is None or preflight.seconds is None:
         return text

@@ -7,12 +7,12 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from cli import console
+from featcache.object_path import StorePath
 
 if TYPE_CHECKING:
     from featcache.journal import Failure
@@ -22,9 +22,9 @@ WIDEST_IMAGE = 60
 
 
 @console.command("failures")
-@click.argument("store", type=Path)
+@click.argument("store", type=console.LOCATION)
 @click.option("--reason", help="Only failures of this reason.")
-def failures(store: Path, reason: str | None) -> console.Document:
+def failures(store: StorePath, reason: str | None) -> console.Document:
     """List the images of STORE's data that have no features, and why."""
     import featcache
     from featcache.errors import ConfigError

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from cli import console
+from featcache.object_path import StorePath, require_disk
 
 
 @console.command("gc", interrupted="nothing is lost; run it again to go on")
-@click.argument("store", type=Path)
+@click.argument("store", type=console.LOCATION)
 @click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
-def gc(store: Path, dry_run: bool) -> console.Result:
+def gc(store: StorePath, dry_run: bool) -> console.Result:
     """Free the features that no image of STORE means any more.
 
     They are of images whose bytes have changed since. Nothing else changes: rows keep their
@@ -21,8 +20,9 @@ def gc(store: Path, dry_run: bool) -> console.Result:
     """
     from featcache.gc import collect
 
+    path = require_disk(store, "`featcache gc`")
     with console.Progress("gc", unit="shards") as progress:
-        result = collect(store, dry_run=dry_run, on_progress=progress.update)
+        result = collect(path, dry_run=dry_run, on_progress=progress.update)
     verb = "would be freed" if dry_run else "freed"
     console.say(
         f"{store}: {result.rows:,} rows without an image key, {console.size(result.freed_bytes)} "

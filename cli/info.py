@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from cli import console
+from featcache.object_path import StorePath
 
 
 @console.command("info")
-@click.argument("store", type=Path)
-def info(store: Path) -> console.Document:
+@click.argument("store", type=console.LOCATION)
+def info(store: StorePath) -> console.Document:
     """Shape, codec, encoder, rows, failures and bytes of STORE, also of an unfinished one."""
     from featcache.fingerprint import flatten
     from featcache.store import codecs_before

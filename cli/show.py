@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli import console
+from featcache.object_path import StorePath
 
 if TYPE_CHECKING:
     from align.data.tokens import SampleView
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 
 @console.command("show")
 @click.option("--config", metavar="NAME|FILE", help="A recipe of `align configs`, or a YAML file.")
-@click.option("--features", required=True, multiple=True, type=Path, metavar="STORE")
+@click.option("--features", required=True, multiple=True, type=console.LOCATION, metavar="STORE")
 @click.option("-n", "count", type=click.IntRange(1), default=3, show_default=True)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def show(
-    config: str | None, features: tuple[Path, ...], count: int, overrides: tuple[str, ...]
+    config: str | None, features: tuple[StorePath, ...], count: int, overrides: tuple[str, ...]
 ) -> console.Document:
     """Samples as the model sees them: text, token ids, image slots, what is supervised."""
     from align.config import load_config

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli import console
+from featcache.object_path import StorePath
 
 if TYPE_CHECKING:
     from align.tracking import Event
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     "--features",
     required=True,
     multiple=True,
-    type=Path,
+    type=console.LOCATION,
     metavar="STORE",
     help="The store to train on.",
 )
@@ -28,20 +29,20 @@ if TYPE_CHECKING:
 @click.option(
     "--data",
     multiple=True,
-    type=Path,
+    type=console.LOCATION,
     metavar="FILE",
     help="Data files; may be repeated [those the store was extracted from].",
 )
-@click.option("--images", type=Path, metavar="DIR", help="Image root [the store's].")
+@click.option("--images", type=console.LOCATION, metavar="DIR", help="Image root [the store's].")
 @click.option("--llm", metavar="NAME", help="The language model: tiny, a hub id, or a folder.")
 @click.option("--out", type=Path, default=Path("run"), show_default=True, metavar="RUN")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in RUN.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(
-    features: tuple[Path, ...],
+    features: tuple[StorePath, ...],
     config: str | None,
-    data: tuple[Path, ...],
-    images: Path | None,
+    data: tuple[StorePath, ...],
+    images: StorePath | None,
     llm: str | None,
     out: Path,
     resume: bool,

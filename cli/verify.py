@@ -10,6 +10,7 @@ import click
 
 from cli import console
 from featcache.errors import FeatcacheError
+from featcache.object_path import StorePath, require_disk
 
 if TYPE_CHECKING:
     from featcache.live import LiveReport
@@ -20,7 +21,7 @@ SHOWN_PROBLEMS = 50
 
 
 @console.command("verify", interrupted="nothing is lost: run the same command again")
-@click.argument("store", type=Path)
+@click.argument("store", type=console.LOCATION)
 @click.option("--repair", is_flag=True, help="Mend what can be mended; good rows never change.")
 @click.option(
     "--live",
@@ -46,7 +47,7 @@ SHOWN_PROBLEMS = 50
     "--workers", type=click.IntRange(1), default=2, show_default=True, help="Reading threads."
 )
 def verify(
-    store: Path,
+    store: StorePath,
     repair: bool,
     live: int | None,
     seed: int,
@@ -58,13 +59,14 @@ def verify(
     """Check every byte of STORE against what was written; exit 1 where something is wrong."""
     from featcache.verify import verify as check
 
+    path = require_disk(store, "`featcache verify`")
     with _Display() as display:
         if repair:
             from featcache.repair import repair as mend
 
-            report = mend(store, workers=workers, model=model, images=images, on_progress=display)
+            report = mend(path, workers=workers, model=model, images=images, on_progress=display)
         else:
-            report = check(store, workers=workers, on_progress=display)
+            report = check(path, workers=workers, on_progress=display)
     _show(report, repair)
     document = _document(report)
     compared = True
@@ -72,9 +74,7 @@ def verify(
         from featcache.live import compare_live
 
         try:
-            outcome = compare_live(
-                store, live, seed=seed, model=model, images=images, device=device
-            )
+            outcome = compare_live(path, live, seed=seed, model=model, images=images, device=device)
         except FeatcacheError as error:
             console.fail(str(error))
             document["live"] = {"error": str(error)}

@@ -671,9 +671,18 @@ static int take_part(Job *job, PyObject *described) {
     }
     part->size = (size_t)size;
     part->gap = (size_t)gap;
-    part->memory = take_buffer(job, memory, PyBUF_WRITABLE, job->rows * part->size);
-    if (!part->memory)
+    /* A job may be of some rows of a batch, whose memory is that of all. */
+    Py_buffer *whole = &job->buffers[job->num_buffers];
+    if (PyObject_GetBuffer(memory, whole, PyBUF_WRITABLE))
         return -1;
+    job->num_buffers++;
+    size_t room = (size_t)whole->len / part->size;
+    if (room < job->rows || (size_t)whole->len % part->size) {
+        PyErr_Format(PyExc_ValueError, "a buffer of %zd bytes where %zu are needed", whole->len,
+                     job->rows * part->size);
+        return -1;
+    }
+    part->memory = whole->buf;
     part->file_of = take_buffer(job, file_of, PyBUF_SIMPLE, job->rows * sizeof(int32_t));
     if (!part->file_of)
         return -1;
@@ -685,7 +694,7 @@ static int take_part(Job *job, PyObject *described) {
         return -1;
     for (size_t row = 0; row < job->rows; row++) {
         if (part->file_of[row] < 0 || (size_t)part->file_of[row] >= job->num_files ||
-            part->places[row] < 0 || (size_t)part->places[row] >= job->rows ||
+            part->places[row] < 0 || (size_t)part->places[row] >= room ||
             part->offsets[row] < 0) {
             PyErr_Format(PyExc_ValueError, "row %zu lies nowhere or goes nowhere", row);
             return -1;

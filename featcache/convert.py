@@ -52,6 +52,7 @@ from featcache.hdf5 import Hdf5Form, is_hdf5, writing
 from featcache.index import build_arrays, enter_index, publish_index
 from featcache.journal import Commit, Journal, Plan, RowRecord, locked, num_rows
 from featcache.layout import Status, StoreInfo
+from featcache.object_path import require_disk
 from featcache.store import Store
 from featcache.writer import ShardBuffer, ShardSpec, write_error
 
@@ -153,7 +154,7 @@ def _place(out: Path) -> Path:
 
 def _require_free(store: Store, out: Path, to_hdf5: bool, force: bool) -> None:
     """Raises StoreError where `out` must not be written, OSError where it cannot be a place."""
-    source, place = store.path.resolve(), _place(out)
+    source, place = require_disk(store.path, "`featcache convert`").resolve(), _place(out)
     if place == source or source in place.parents or place in source.parents:
         raise StoreError(f"{out} is, holds or is inside the store to convert; choose another place")
     if not out.exists():

@@ -31,7 +31,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -52,6 +51,7 @@ from featcache.errors import ImageError
 from featcache.journal import Commit, Plan
 from featcache.layout import Status
 from featcache.mend import mend
+from featcache.object_path import StorePath
 from featcache.sources import Sources
 from featcache.tasks import PlannedImage, ShardTask
 from featcache.tiles import digest_of, open_view
@@ -155,7 +155,7 @@ class ShardEncoder:
 
     def __init__(
         self,
-        root: Path,
+        root: StorePath,
         encoder: Encoder,
         spec: ShardSpec,
         decode_threads: int,
@@ -451,7 +451,7 @@ class _ShardWriter:
     """Publishes full buffers on one background thread and hands them back empty."""
 
     def __init__(
-        self, root: Path, spec: ShardSpec, counts: _Counts, on_commit: Callable[[Commit], None]
+        self, root: StorePath, spec: ShardSpec, counts: _Counts, on_commit: Callable[[Commit], None]
     ) -> None:
         self._root, self._spec = root, spec
         self._counts, self._on_commit = counts, on_commit

@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from featcache.errors import ManifestError
+from featcache.object_path import StorePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def with_text(element: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     return {**element, "conversations": []}
 
 
-def text_entries(path: Path) -> Iterator[tuple[str, Any]]:
+def text_entries(path: StorePath) -> Iterator[tuple[str, Any]]:
     """(place, element) of a JSON array, or of the lines of JSONL: by suffix, else by the first
     character. Raises ManifestError naming the file, and the line of malformed JSON."""
     try:

@@ -9,7 +9,8 @@ FeatcacheError                 one clear line: what, where, and the cure
 ├── StoreError                 a store that cannot be used
 │   ├── IncompleteStoreError   extraction has not finished
 │   ├── CorruptStoreError      bytes that are not what was written
-│   └── FingerprintMismatch    a store made by other means than the run needs
+│   ├── FingerprintMismatch    a store made by other means than the run needs
+│   └── ObjectStoreError       a bucket that cannot be reached, or does not let us in
 └── AlignError                 drawn in align/errors.py
 """
 
@@ -66,3 +67,7 @@ class CorruptStoreError(StoreError):
 
 class FingerprintMismatch(StoreError):  # noqa: N818 - reads as what happened
     """The store was made by other means than the run needs; the message lists the fields."""
+
+
+class ObjectStoreError(StoreError):
+    """An object store that cannot be reached, a bucket that is not there, refused credentials."""

@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +50,7 @@ from featcache.layout import (
 )
 from featcache.manifests import Manifest, read_manifest
 from featcache.mend import Records
+from featcache.object_path import ObjectPath, StorePath
 from featcache.planning import plan_extraction
 from featcache.probe import Speed
 from featcache.sources import Sources
@@ -87,9 +87,9 @@ class ExtractOptions:
     """
 
     model: str
-    data: tuple[Path, ...]
-    out: Path
-    image_root: Path | None = None
+    data: tuple[StorePath, ...]
+    out: StorePath
+    image_root: StorePath | None = None
     layers: tuple[str, ...] = ("-2",)
     codec: str = "fp16"
     batch_size: int | None = None
@@ -113,14 +113,14 @@ class Preflight:
     """What an extraction is about to take.
 
     images: to encode, tiles included; nbytes: that it adds; free_bytes: where the store is or
-    will be.
+    will be, None in a bucket, which has no end.
     speed: of one worker at a few images, None where there are too few to tell or none can be read.
     workers: how many there are.
     """
 
     images: int
     nbytes: int
-    free_bytes: int
+    free_bytes: int | None
     speed: Speed | None
     workers: int = 1
 
@@ -161,7 +161,7 @@ class ExtractResult:
     ok: the failures are within what was allowed, and none is an overflow of the codec.
     """
 
-    path: Path
+    path: StorePath
     images: int
     features: int
     new: int
@@ -378,7 +378,7 @@ def _without_features(index: Index, keys: Sequence[str], tiling: Tiling | None) 
 
 
 def _tasks(
-    out: Path,
+    out: StorePath,
     info: StoreInfo,
     journal: Journal,
     plans: Sequence[Plan],
@@ -389,7 +389,7 @@ def _tasks(
     return PendingTasks(pending, sources, records, journal.recorded)
 
 
-def _require_ours(out: Path) -> None:
+def _require_ours(out: StorePath) -> None:
     """Raises StoreError where `out` is something else than a store, whole or begun."""
     if not out.exists():
         return
@@ -455,15 +455,16 @@ def default_shard_images(encoder: EncoderInfo, codec: Codec) -> int:
 
 
 def prepare_store(
-    root: Path, info: StoreInfo, codec: Codec, plans: Sequence[Plan], new: Plan | None
+    root: StorePath, info: StoreInfo, codec: Codec, plans: Sequence[Plan], new: Plan | None
 ) -> None:
     """Everything that must be in place before the first shard. The root's metadata come first:
-    by them a begun store is known as one. The plan comes last. Raises OSError."""
+    by them a begun store is known as one. Then the plan: where another job planned something else
+    meanwhile, nothing of ours comes after that. Raises OSError, StoreError."""
     info.save(root)
-    for path, document in metadata(info, codec, num_rows(plans)).items():
-        publish_json(root / path, document)
     if new:
         new.save(root)
+    for path, document in metadata(info, codec, num_rows(plans)).items():
+        publish_json(root / path, document)
     for plan in plans:  # a run may have been stopped between a plan and its second copy
         path = layout.plan_path(plan.generation)
         if not (root / layout.copy_path(path)).exists():
@@ -504,7 +505,7 @@ def metadata(info: StoreInfo, codec: Codec, rows: int) -> dict[str, Any]:
     return found
 
 
-def _calibrate(root: Path, info: StoreInfo, executor: Executor, image_root: str) -> None:
+def _calibrate(root: StorePath, info: StoreInfo, executor: Executor, image_root: str) -> None:
     """Measure the channel values of a scaled codec, once in a store's life: when there is an image
     to measure them on. Raises OSError."""
     paths = {layer: layout.channels_path(layer) for layer in info.layers}
@@ -515,7 +516,7 @@ def _calibrate(root: Path, info: StoreInfo, executor: Executor, image_root: str)
     info.save(root)
 
 
-def write_channels(root: Path, info: StoreInfo, layer: str, channels: Tensor) -> None:
+def write_channels(root: StorePath, info: StoreInfo, layer: str, channels: Tensor) -> None:
     """Publish a layer's channel values, twice, and note their checksum. Raises OSError."""
     path = layout.channels_path(layer)
     write_array(root / layout.copy_path(path), channels.numpy())
@@ -523,9 +524,14 @@ def write_channels(root: Path, info: StoreInfo, layer: str, channels: Tensor) ->
     info.checksums[path] = array_checksum(channels.numpy())
 
 
-def require_space(out: Path, needed: int, cure: str, *, force: bool = False) -> int:
-    """Free bytes where `out` is or will be. Raises StoreError where `needed` bytes do not fit,
-    unless forced. cure: what else can be done than to free some space."""
+def require_space(out: StorePath, needed: int, cure: str, *, force: bool = False) -> int | None:
+    """Free bytes where `out` is or will be, None in a bucket. cure: what else can be done
+    than to free some space.
+
+    Raises StoreError where `needed` bytes do not fit, unless forced.
+    """
+    if isinstance(out, ObjectPath):
+        return None
     place = out.absolute()
     while not place.exists():
         place = place.parent

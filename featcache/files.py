@@ -2,6 +2,7 @@
 
 Every file of a store is written under a temporary name beside its place, synced, and renamed.
 A temporary name starts with `PARTIAL`; what a killed process leaves is swept by the next run.
+In an object store it is one upload, which the server shows when it has all of it.
 
 What is vital carries its checksum: a *sealed* file is read back only where not a byte of it has
 changed.
@@ -9,14 +10,18 @@ changed.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from featcache.object_path import ObjectPath, StorePath
 
 PARTIAL = ".partial-"
 _BLOCK_BYTES = 1 << 20
@@ -30,13 +35,18 @@ class Seal:
     xxh3_64: str
 
 
-def publish(path: Path, parts: Iterable[bytes | memoryview | int]) -> Seal:
+def publish(path: StorePath, parts: Iterable[bytes | memoryview | int]) -> Seal:
     """Write `parts` one after the other to `path`, atomically.
 
     parts: bytes, or how many zero bytes to skip: a hole takes no space where the file system knows
     sparse files.
-    Raises OSError as the file system gives it (ENOSPC, EACCES, ...); `path` is then untouched.
+    Raises OSError as the file system gives it (ENOSPC, EACCES, ...), and ObjectStoreError; `path`
+    is then untouched.
     """
+    if isinstance(path, ObjectPath):
+        parts = list(parts)
+        path.write(parts)
+        return seal_of_parts(parts)
     unsynced = [path.parent]
     while not unsynced[-1].exists():
         unsynced.append(unsynced[-1].parent)
@@ -92,7 +102,7 @@ def _skip(checksum: xxhash.xxh3_64, zeros: int) -> None:
         checksum.update(_ZEROS[: zeros - start])
 
 
-def publish_json(path: Path, document: object) -> None:
+def publish_json(path: StorePath, document: object) -> None:
     """`publish` of a JSON document, unless just that is there already.
 
     Raises OSError, and ValueError for NaN or infinity.
@@ -102,7 +112,29 @@ def publish_json(path: Path, document: object) -> None:
         publish(path, [content])
 
 
-def read_json(path: Path) -> Any:
+def publish_after(path: StorePath, content: bytes | memoryview, before: bytes | None) -> None:
+    """`publish` that does not overwrite what another process has written meanwhile.
+
+    before: what the file held when it was read, None where there was none. On a disk the store's
+    lock keeps others away, and this is `publish`; in an object store, which has no locks, it is
+    what keeps two jobs apart.
+    Raises OSError; FileExistsError where neither `before` nor `content` is there now.
+    """
+    if isinstance(path, ObjectPath):
+        path.write_after(content, before)
+    elif not (path.is_file() and path.read_bytes() == content):
+        publish(path, [content])
+
+
+def remove_tree(path: StorePath) -> None:
+    """Remove a folder and all that is in it. Raises OSError."""
+    if isinstance(path, ObjectPath):
+        path.remove_tree()
+    else:
+        shutil.rmtree(path)
+
+
+def read_json(path: StorePath) -> Any:
     """The JSON document at `path`. Raises FileNotFoundError, and ValueError where it is no JSON."""
     return json.loads(path.read_bytes())
 
@@ -141,13 +173,18 @@ def unseal_json(content: bytes) -> dict[str, Any]:
     raise ValueError("it does not match its checksum")
 
 
-def publish_sealed(path: Path, content: bytes | memoryview) -> None:
-    """`publish` of the content and, behind it, 8 bytes of xxh3_64 of it, little-endian."""
-    publish(path, [content, xxhash.xxh3_64_intdigest(content).to_bytes(8, "little")])
+def append_checksum(buffer: io.BytesIO) -> None:
+    """Write 8 bytes of xxh3_64 of the buffer behind its content, little-endian: it is sealed."""
+    checksum = xxhash.xxh3_64_intdigest(buffer.getbuffer())
+    buffer.seek(0, os.SEEK_END)
+    buffer.write(checksum.to_bytes(8, "little"))
 
 
 def unseal(raw: bytes) -> bytes:
-    """What `publish_sealed` was given to write `raw`. Raises ValueError for any change."""
+    """What was in a buffer before `append_checksum` made it `raw`.
+
+    Raises ValueError for any change.
+    """
     content, checksum = raw[:-8], raw[-8:]
     if xxhash.xxh3_64_intdigest(content).to_bytes(8, "little") != checksum:
         raise ValueError("it does not match its checksum")

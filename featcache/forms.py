@@ -7,7 +7,7 @@ both: featcache/store.py and featcache/reader.py know no difference.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +16,8 @@ from featcache import layout
 from featcache.errors import CorruptStoreError, IncompleteStoreError
 from featcache.journal import Commit, Journal, Plan
 from featcache.layout import Placement, StoreInfo, read_array
+from featcache.object_path import ObjectPath, StorePath
+from featcache.tier import Tier, default_tier
 from featcache.writer import ShardSpec, zarr_placement
 
 
@@ -27,7 +29,7 @@ class StoreForm(ABC):
     one_file: whether it is a file, written once; else a folder, which can be extended and mended.
     """
 
-    path: Path
+    path: StorePath
     one_file: ClassVar[bool]
 
     @abstractmethod
@@ -69,8 +71,10 @@ class ZarrForm(StoreForm):
 
     one_file = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: StorePath, tier: Callable[[], Tier] = default_tier) -> None:
+        """tier: keeps copies of the arrays of a store in a bucket."""
         self.path = path
+        self._tier = tier
 
     def load_info(self) -> StoreInfo:
         info = StoreInfo.load(self.path)
@@ -84,6 +88,8 @@ class ZarrForm(StoreForm):
         return info
 
     def array(self, name: str, checksum: str) -> np.ndarray[Any, Any]:
+        if isinstance(self.path, ObjectPath):
+            return self._tier().array(self.path, name, checksum)
         return read_array(self.path, name, checksum)
 
     def placement(self, spec: ShardSpec, name: str) -> Placement:
@@ -103,6 +109,8 @@ class ZarrForm(StoreForm):
 
     @property
     def nbytes(self) -> int:
+        if isinstance(self.path, ObjectPath):
+            return sum(nbytes for _, nbytes in self.path.listing())
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     @property

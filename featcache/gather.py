@@ -59,7 +59,7 @@ class Part(NamedTuple):
     """Where rows of one array lie, and where they go: row k at offsets[k] of file file_of[k], to
     memory[places[k]].
 
-    memory: uint8[rows, size]. size: bytes of a row. gap: bytes between neighbours in a file.
+    memory: uint8[at least rows, size]. size: bytes of a row. gap: between neighbours in a file.
     file_of: int32[rows], into the job's files. offsets, places: int64[rows].
     """
 

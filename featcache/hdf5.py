@@ -76,6 +76,7 @@ class Hdf5Form(StoreForm):
     """One file. h5py is asked once where things lie; no handle of it stays open."""
 
     one_file = True
+    path: Path
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -9,10 +9,8 @@ Letters: K keys, R rows.
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ import xxhash
 
 from featcache import layout
 from featcache.errors import CorruptStoreError
-from featcache.files import publish_json
+from featcache.files import publish_json, remove_tree
 from featcache.journal import (
     DIGEST_BYTES,
     Failure,
@@ -30,6 +28,7 @@ from featcache.journal import (
     unpack_failures,
 )
 from featcache.layout import Status, StoreInfo, array_checksum, read_array, write_array
+from featcache.object_path import ObjectPath, StorePath
 
 COMPARED_KEYS = 4096
 """Keys whose texts are compared at once."""
@@ -122,7 +121,7 @@ class Index:
         return self.key_bytes[start : int(self.key_ends[i])].tobytes().decode()
 
     @classmethod
-    def load(cls, root: Path, info: StoreInfo) -> Index:
+    def load(cls, root: StorePath, info: StoreInfo) -> Index:
         """Raises CorruptStoreError."""
         return cls.load_from(functools.partial(read_array, root), info)
 
@@ -203,7 +202,7 @@ def checksummed(info: StoreInfo) -> list[str]:
     return [*info.layers, *(["pooled"] if info.pooled else [])]
 
 
-def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
+def compile_index(root: StorePath, info: StoreInfo, journal: Journal) -> None:
     """Compile a journal without pending shards into a new index and make it the valid one.
 
     The new index is written beside the old one, which stays valid until the root attributes are
@@ -217,7 +216,7 @@ def compile_index(root: Path, info: StoreInfo, journal: Journal) -> None:
 
 
 def publish_index(
-    root: Path,
+    root: StorePath,
     info: StoreInfo,
     name: str,
     generation: int,
@@ -245,7 +244,7 @@ def enter_index(
     info.generation = generation
 
 
-def is_current(root: Path, info: StoreInfo, journal: Journal) -> bool:
+def is_current(root: StorePath, info: StoreInfo, journal: Journal) -> bool:
     """Whether the index says what a journal without pending shards says: a run may have been
     stopped between its last commit record and the index, or the index may be damaged."""
     if info.index is None or info.generation != max(plan.generation for plan in journal.plans):
@@ -263,12 +262,14 @@ def is_current(root: Path, info: StoreInfo, journal: Journal) -> bool:
     return True
 
 
-def remove_old(root: Path, info: StoreInfo) -> None:
+def remove_old(root: StorePath, info: StoreInfo) -> None:
     """Remove what is below `index` but the valid one: a run may have been stopped before it did."""
     assert info.index is not None
+    if isinstance(root, ObjectPath) and StoreInfo.load(root).index != info.index:
+        return  # another job has compiled a later one meanwhile
     for old in (root / "index").iterdir():
         if old.is_dir() and old != root / info.index:
-            shutil.rmtree(old)
+            remove_tree(old)
 
 
 def build_arrays(info: StoreInfo, journal: Journal) -> dict[str, np.ndarray[Any, Any]]:
@@ -313,11 +314,11 @@ def build_arrays(info: StoreInfo, journal: Journal) -> dict[str, np.ndarray[Any,
     }
 
 
-def _next_name(root: Path) -> str:
+def _next_name(root: StorePath) -> str:
     """A folder below `index` that was never the valid one and does not exist."""
     taken = [int(path.name) for path in (root / "index").glob("[0-9]*")]
     return f"index/{max(taken, default=0) + 1:08d}"
 
 
-def write_group(path: Path) -> None:
+def write_group(path: StorePath) -> None:
     publish_json(path / "zarr.json", layout.group_metadata())

@@ -17,6 +17,7 @@ from torch import Tensor
 from featcache.codecs import StoredFeatures
 from featcache.compare import require_same_images
 from featcache.errors import ConfigError
+from featcache.object_path import ObjectPath
 from featcache.read_mode import choose_mode
 from featcache.reader import BUDGET_BYTES, FeatureReader
 from featcache.store import Store
@@ -58,7 +59,7 @@ class StoreJoin:
         pairs = list(zip(self.stores, chosen, strict=True))
         sizes = [store.layer_codec(layer).image_bytes for store, layer in pairs]
         shares = [max(1, budget_bytes * size // sum(sizes)) for size in sizes]
-        if io == "auto":
+        if io == "auto" and not any(isinstance(store.path, ObjectPath) for store in self.stores):
             total = sum(store.stored_bytes(layer) for store, layer in pairs)
             together = choose_mode("auto", total, self.stores[0].example(pairs[0][1]))
             io = "direct" if together.direct else "buffered"

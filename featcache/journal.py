@@ -7,6 +7,7 @@ All of them are sealed: not a byte of them can change unseen.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -14,7 +15,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,16 +23,20 @@ from featcache import layout
 from featcache.errors import CorruptStoreError, StoreError
 from featcache.files import (
     Seal,
+    append_checksum,
     publish,
-    publish_sealed,
+    publish_after,
     seal_json,
     sweep,
     unseal,
     unseal_json,
 )
 from featcache.layout import Status
+from featcache.object_path import ObjectPath, StorePath, read_each, size_of
 
 DIGEST_BYTES = 16
+DATA_FOLDERS = ("features", "scales", "pooled")
+"""Of the files that commit records vouch for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +91,9 @@ class Plan:
         start = (shard - self.first_shard) * self.shard_images
         return self.new_digests[start : start + self.shard_images]
 
-    def save(self, root: Path) -> None:
-        """Publish it under journal/, and then its second copy. Raises OSError."""
+    def save(self, root: StorePath) -> None:
+        """Publish it under journal/, and then its second copy. Raises OSError, and StoreError where
+        another job has planned something else under this number."""
         buffer = io.BytesIO()
         head = [self.generation, self.first_shard, self.shard_images, self.batch_size]
         np.savez(
@@ -100,9 +105,16 @@ class Plan:
             missing=pack_failures(self.missing),
             digests=np.frombuffer(b"".join(self.new_digests), np.uint8),
         )
+        append_checksum(buffer)
         path = layout.plan_path(self.generation)
-        for place in (path, layout.copy_path(path)):
-            publish_sealed(root / place, buffer.getbuffer())
+        try:
+            publish_after(root / path, buffer.getbuffer(), None)
+        except FileExistsError:
+            raise StoreError(
+                f"{root}: another job has planned generation {self.generation} meanwhile; let it "
+                "finish, then run the same command again"
+            ) from None
+        publish(root / layout.copy_path(path), [buffer.getbuffer()])
 
     @classmethod
     def parse(cls, raw: bytes) -> Plan:
@@ -126,7 +138,7 @@ class Plan:
             raise ValueError(str(error)) from None
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: StorePath) -> Plan:
         """Raises CorruptStoreError."""
         try:
             return cls.parse(path.read_bytes())
@@ -215,31 +227,37 @@ class Commit:
             versions=document["versions"],
         )
 
-    def save(self, root: Path) -> None:
+    def save(self, root: StorePath) -> None:
         """Publish it under journal/. Raises OSError."""
         publish(root / layout.commit_path(self.shard), [self.render()])
 
     @classmethod
-    def load(cls, root: Path, shard: int) -> Commit | None:
+    def load(cls, root: StorePath, shard: int) -> Commit | None:
         """None where the shard is not there as a whole: no record, one that was changed, or files
         missing or of another length. It is then written again, to the same bytes."""
         commit = cls.load_record(root, shard)
-        try:
-            whole = commit is not None and all(
-                (root / path).stat().st_size == seal.nbytes for path, seal in commit.files.items()
-            )
-        except FileNotFoundError:
-            return None
-        return commit if whole else None
+        return commit if commit is not None and commit.is_whole(size_of(root)) else None
+
+    def is_whole(self, nbytes_of: Callable[[str], int | None]) -> bool:
+        """nbytes_of: how long a file of the store is, None where there is none."""
+        return all(nbytes_of(path) == seal.nbytes for path, seal in self.files.items())
 
     @classmethod
-    def load_record(cls, root: Path, shard: int) -> Commit | None:
+    def load_record(cls, root: StorePath, shard: int) -> Commit | None:
         """The record as such, whatever became of the files it vouches for."""
-        try:
-            commit = cls.parse((root / layout.commit_path(shard)).read_bytes())
-        except (FileNotFoundError, ValueError):
-            return None
-        return commit if commit.shard == shard else None  # else whole, and of another place
+        return next(cls.load_records(root, [shard]))
+
+    @classmethod
+    def load_records(cls, root: StorePath, shards: Sequence[int]) -> Iterator[Commit | None]:
+        """`load_record` of each; out of a bucket, many at once."""
+        raws = read_each([root / layout.commit_path(shard) for shard in shards])
+        for shard, raw in zip(shards, raws, strict=True):
+            commit = None
+            if raw is not None:
+                with contextlib.suppress(ValueError):
+                    commit = cls.parse(raw)
+            # Else whole, and of another place.
+            yield commit if commit is not None and commit.shard == shard else None
 
 
 @dataclass(slots=True)
@@ -269,22 +287,29 @@ class Journal:
         return sum(plan.num_shards for plan in self.plans)
 
     @classmethod
-    def load(cls, root: Path, generation: int = 0) -> Journal:
+    def load(cls, root: StorePath, generation: int = 0) -> Journal:
         """generation: of the last plan that must be there, as the store's description says.
 
         Raises CorruptStoreError.
         """
-        recorded = recorded_shards(root)
+        plans, recorded = cls.load_plans(root, generation), recorded_shards(root)
+        shards = [shard for plan in plans for shard in plan.shards if shard in recorded]
+        commits = zip(shards, Commit.load_records(root, shards), strict=True)
+        nbytes_of = size_of(root, DATA_FOLDERS)
 
         def commit_of(shard: int) -> Commit | None:
-            return Commit.load(root, shard) if shard in recorded else None
+            if shard not in recorded:
+                return None
+            place, commit = next(commits)  # they are asked for in this order
+            assert place == shard
+            return commit if commit is not None and commit.is_whole(nbytes_of) else None
 
-        journal = cls.gather(cls.load_plans(root, generation), commit_of)
+        journal = cls.gather(plans, commit_of)
         journal.recorded = recorded
         return journal
 
     @staticmethod
-    def load_plans(root: Path, generation: int = 0) -> list[Plan]:
+    def load_plans(root: StorePath, generation: int = 0) -> list[Plan]:
         """Oldest first. Raises CorruptStoreError."""
         found = {path.name for path in (root / "journal").glob("plan-*.npz")}
         copies = {path.name for path in (root / layout.copy_path("")).glob("plan-*.npz")}
@@ -329,19 +354,24 @@ class Journal:
             self.checksums[name][here] = [record.checksums.get(name, 0) for record in records]
 
 
-def recorded_shards(root: Path) -> frozenset[int]:
+def recorded_shards(root: StorePath) -> frozenset[int]:
     """Those with a commit record, by their names alone: 100,000 in 0.2 s."""
     names = (path.name for path in (root / "journal").glob("commit-*.json"))
     return frozenset(int(name.removeprefix("commit-").removesuffix(".json")) for name in names)
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
+def locked(root: StorePath) -> Iterator[None]:
     """Hold a store for writing, and sweep what a killed run left.
 
-    The lock is the kernel's and goes with the process. Raises StoreError where another has it,
-    OSError where the store cannot be written.
+    The lock is the kernel's and goes with the process. A bucket has none: there, `publish_after` of
+    plans and of the store's description keeps two jobs from planning different things, and two that
+    work on the same plan write the same bytes.
+    Raises StoreError where another has it, OSError where the store cannot be written.
     """
+    if isinstance(root, ObjectPath):
+        yield
+        return
     journal = root / "journal"
     journal.mkdir(parents=True, exist_ok=True)
     with (journal / "lock").open("w") as lock:

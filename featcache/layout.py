@@ -23,6 +23,7 @@ Letters: P patches, D encoder width, C codes of a patch.
 from __future__ import annotations
 
 import enum
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -36,12 +37,14 @@ import xxhash
 from featcache.errors import CorruptStoreError, StoreError
 from featcache.files import (
     publish,
+    publish_after,
     publish_json,
     read_json,
     render_json,
     seal_of,
     with_checksum,
 )
+from featcache.object_path import ObjectPath, StorePath
 
 FORMAT_VERSION = 3
 CHUNK_ALIGNMENT_BYTES = 4096
@@ -96,6 +99,8 @@ class StoreInfo:
     source: dict[str, Any] = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    _there: bytes | None = field(default=None, init=False, repr=False, compare=False)
+    """The root's zarr.json as it was loaded or saved last; what is saved takes its place alone."""
 
     @property
     def varies(self) -> bool:
@@ -106,7 +111,9 @@ class StoreInfo:
 
     def attributes(self) -> dict[str, Any]:
         """The attribute "featcache", sealed by a checksum."""
-        return with_checksum(asdict(self))
+        fields = asdict(self)
+        del fields["_there"]
+        return with_checksum(fields)
 
     def document(self) -> dict[str, Any]:
         """The root group's metadata, sealed by a checksum of the attributes."""
@@ -116,17 +123,27 @@ class StoreInfo:
             "attributes": {"featcache": self.attributes()},
         }
 
-    def save(self, root: Path) -> None:
-        """Publish the root group's metadata, and its second copy. Raises OSError."""
-        publish_json(root / "zarr.json", self.document())
+    def save(self, root: StorePath) -> None:
+        """Publish the root group's metadata, and its second copy. Raises OSError, and StoreError
+        where another job has changed them in a bucket since they were loaded."""
+        content = render_json(self.document())
+        try:
+            publish_after(root / "zarr.json", content, self._there)
+        except FileExistsError:
+            raise StoreError(
+                f"{root}: another job has written it meanwhile; run the same command again, to go "
+                "on from what is there now"
+            ) from None
+        self._there = content
         publish_json(root / copy_path("zarr.json"), self.document())
 
     @classmethod
-    def load(cls, root: Path) -> StoreInfo:
+    def load(cls, root: StorePath) -> StoreInfo:
         """Raises StoreError where `root` is no store, or one of a newer format, and
         CorruptStoreError where its description was changed."""
         try:
-            attributes = read_json(root / "zarr.json")["attributes"]["featcache"]
+            raw = (root / "zarr.json").read_bytes()
+            attributes = json.loads(raw)["attributes"]["featcache"]
             version = attributes.get("format_version")
             sealed = with_checksum(attributes) == attributes
         except FileNotFoundError:
@@ -164,7 +181,9 @@ class StoreInfo:
                 f"{root}/zarr.json was changed after it was written (its attributes do not match "
                 f"their checksum); `featcache verify {root} --repair` restores it"
             )
-        return cls.parse(attributes)
+        info = cls.parse(attributes)
+        info._there = raw
+        return info
 
     @classmethod
     def parse(cls, attributes: dict[str, Any]) -> StoreInfo:
@@ -181,7 +200,7 @@ class Placement:
     cure: what mends a damaged file, for messages.
     """
 
-    paths: Callable[[int], Path]
+    paths: Callable[[int], StorePath]
     rows_per_file: int
     row_bytes: int
     pitch_bytes: int
@@ -223,8 +242,10 @@ class ShardGeometry:
         return raw + google_crc32c.value(raw).to_bytes(4, "little")
 
 
-def repair_cure(root: Path) -> str:
+def repair_cure(root: StorePath) -> str:
     """What to do about a damaged file of the store at `root`, for messages."""
+    if isinstance(root, ObjectPath):
+        return f"copy {root} to a disk, run `featcache verify --repair` there, and copy it back"
     return f"`featcache verify {root} --repair` writes it again"
 
 
@@ -319,11 +340,11 @@ def array_metadata(
     }
 
 
-def write_array(path: Path, values: np.ndarray[Any, Any]) -> None:
+def write_array(path: StorePath, values: np.ndarray[Any, Any]) -> None:
     """Publish `values` as a Zarr array of one uncompressed chunk. Raises OSError."""
     metadata, chunk = render_array(values)
     if values.size:
-        publish(array_files(path, values.ndim)[1], [chunk])
+        publish(path / chunk_name(values.ndim), [chunk])
     publish(path / "zarr.json", [metadata])
 
 
@@ -338,7 +359,12 @@ def render_array(values: np.ndarray[Any, Any]) -> tuple[bytes, memoryview]:
 
 def array_files(path: Path, dimensions: int) -> tuple[Path, Path]:
     """Metadata and the one chunk of an array that `write_array` wrote."""
-    return path / "zarr.json", path / "/".join(["c"] + ["0"] * dimensions)
+    return path / "zarr.json", path / chunk_name(dimensions)
+
+
+def chunk_name(dimensions: int) -> str:
+    """Of the one chunk of such an array, relative to the array."""
+    return "/".join(["c"] + ["0"] * dimensions)
 
 
 def array_checksum(values: np.ndarray[Any, Any]) -> str:
@@ -374,8 +400,15 @@ def map_array(path: Path, checksum: str) -> np.ndarray[Any, Any]:
         raise ValueError(f"is damaged ({error})") from None
 
 
-def read_array(root: Path, name: str, checksum: str) -> np.ndarray[Any, Any]:
-    """`map_array` of the store at `root`. Raises CorruptStoreError."""
+def read_array(root: StorePath, name: str, checksum: str) -> np.ndarray[Any, Any]:
+    """`map_array` of the store at `root`; out of a bucket, of a copy in the default `Tier`.
+
+    Raises CorruptStoreError.
+    """
+    if isinstance(root, ObjectPath):
+        from featcache.tier import default_tier
+
+        return default_tier().array(root, name, checksum)
     try:
         return map_array(root / name, checksum)
     except ValueError as error:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from featcache.bucket_data import list_bucket
 from featcache.containers import kind_of, open_dataset, open_parquet, tar_members
 from featcache.entries import Element, Unusable, text_entries
 from featcache.errors import DamagedFileError, ImageError, ManifestError
 from featcache.images import read_bytes
+from featcache.object_path import ObjectPath, StorePath
 from featcache.parquets import failed_downloads
 from featcache.samples import (
     IMAGE_SUFFIXES,
@@ -31,12 +33,15 @@ from featcache.tars import COMPRESSED_SUFFIXES, Member, refuse_compressed
 T = TypeVar("T")
 
 
-def list_elements(path: Path, root: Path) -> Iterator[tuple[str, Any]]:
+def list_elements(path: StorePath, root: StorePath) -> Iterator[tuple[str, Any]]:
     """(place in the data, element) of a data file or a folder: see featcache/entries.py.
 
     path: exists. root: the image root.
     Raises ManifestError where it cannot be read; FeatcacheError where a library is missing.
     """
+    if isinstance(path, ObjectPath):
+        yield from list_bucket(path, root)
+        return
     try:
         if path.is_dir():
             yield from _folder(path, root)
@@ -52,7 +57,7 @@ def list_elements(path: Path, root: Path) -> Iterator[tuple[str, Any]]:
         raise ManifestError(f"{error.filename or path}: {error.strerror}") from None
 
 
-def _tar(path: Path, root: Path) -> Iterator[tuple[str, Element]]:
+def _tar(path: Path, root: StorePath) -> Iterator[tuple[str, Element]]:
     prefix = f"{_key_of(path, root)}/"
     with path.open("rb", buffering=0) as file:
         members: dict[str, Member] = {}
@@ -72,7 +77,7 @@ def _tar(path: Path, root: Path) -> Iterator[tuple[str, Element]]:
                 yield place, sample_element(place, images, texts_of(files), read)
 
 
-def _parquet(path: Path, root: Path) -> Iterator[tuple[str, Element]]:
+def _parquet(path: Path, root: StorePath) -> Iterator[tuple[str, Element]]:
     file = open_parquet(path)
     if file.columns is None:
         raise ManifestError(
@@ -87,7 +92,7 @@ def _rows(elements: Iterable[Element], path: Path) -> Iterator[tuple[str, Elemen
         yield f"{path.name}[{row}]", element
 
 
-def _folder(path: Path, root: Path) -> Iterator[tuple[str, Element]]:
+def _folder(path: Path, root: StorePath) -> Iterator[tuple[str, Element]]:
     splits = splits_of(path)
     for split in splits:
         dataset = open_dataset(split)
@@ -174,8 +179,10 @@ def _files(path: Path) -> dict[str, None]:
     return dict.fromkeys(sorted(found))
 
 
-def _key_of(path: Path, root: Path) -> str:
+def _key_of(path: Path, root: StorePath) -> str:
     """Raises ManifestError where it does not lie below the image root."""
+    if isinstance(root, ObjectPath):
+        raise ManifestError(f"{path} is on a disk, the image root {root} is not; check --images")
     base = os.path.relpath(path, root)
     if base == os.pardir or base.startswith(os.pardir + os.sep):
         raise ManifestError(

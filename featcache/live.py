@@ -24,6 +24,7 @@ from featcache.errors import CorruptStoreError
 from featcache.fingerprint import fingerprint, require_same
 from featcache.journal import key_of
 from featcache.layout import Status
+from featcache.object_path import require_disk
 from featcache.repair import encoder_of, sources_of
 from featcache.store import Store, codecs_before
 from featcache.tasks import PlannedImage
@@ -185,7 +186,7 @@ def _stored(store: Store, row: int) -> dict[str, Tensor]:
             found[name] = reader.read(np.array([row]), torch.float32)
     if store.info.pooled:
         where = store.form.placement(store.spec, "pooled")
-        path = where.paths(row // where.rows_per_file)
+        path = require_disk(where.paths(row // where.rows_per_file), "`verify --live`")
         try:
             raw = np.fromfile(path, np.uint8, where.row_bytes, offset=where.offset(row))
         except OSError as error:

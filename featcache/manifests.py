@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from featcache.bucket_data import is_folder
 from featcache.entries import Unusable
 from featcache.errors import DamagedFileError, ManifestError
 from featcache.listing import list_elements
 from featcache.mixtures import Sampling, read_mixture
+from featcache.object_path import ObjectPath, StorePath, parse_location
 from featcache.patterns import expand, fixed_folder
 from featcache.saved_datasets import splits_of
 from featcache.tiles import is_tile
@@ -64,8 +66,8 @@ class Manifest:
     """The records of one or more data files over one image root."""
 
     records: list[Record]
-    image_root: Path
-    files: tuple[Path, ...]
+    image_root: StorePath
+    files: tuple[StorePath, ...]
     skipped: list[Skipped] = field(default_factory=list)
 
     def image_keys(self) -> list[str]:
@@ -77,29 +79,25 @@ class _UnusableError(Exception):
     """Why one record is skipped."""
 
 
-def read_manifest(files: Sequence[Path | str], image_root: Path | str | None = None) -> Manifest:
+def read_manifest(
+    files: Sequence[StorePath | str], image_root: StorePath | str | None = None
+) -> Manifest:
     """Read data files of any mixture of the known formats, told apart by their content.
 
     files: JSON, JSONL, YAML (featcache/mixtures.py), tars, parquet, folders (featcache/listing.py),
-    or patterns of them (featcache/patterns.py).
+    or patterns of them (featcache/patterns.py); or s3://bucket/... (featcache/bucket_data.py).
     image_root: what image paths are relative to; where None, the first one of `files` if that is a
     folder, else the folder that it lies in.
     Raises ManifestError naming the file, and the line of malformed JSON; FeatcacheError where a
     library is missing that only some formats need.
     """
-    paths = tuple(Path(file) for file in files)
+    paths = tuple(map(parse_location, files))
     if not paths:
         raise ManifestError("no data files given; name at least one with --data")
-    found = [
-        (file, sampling)
-        for path in paths
-        for listed in expand(path)
-        for named, sampling in _mixture(listed)
-        for file in expand(named)
-    ]
+    found = [(file, sampling) for path in paths for file, sampling in _files_of(path)]
     for file, _ in found:
         _require_readable(file)
-    root = Path(image_root) if image_root else _root_of(paths[0])
+    root = parse_location(image_root) if image_root else _root_of(paths[0])
     if not root.is_dir():
         raise ManifestError(f"the image root {root} is not a directory; check --images")
     manifest = Manifest([], root, paths)
@@ -125,6 +123,16 @@ def read_manifest(files: Sequence[Path | str], image_root: Path | str | None = N
     return manifest
 
 
+def _files_of(path: StorePath) -> Iterator[tuple[StorePath, Sampling]]:
+    """What a pattern and a mixture name."""
+    if isinstance(path, ObjectPath):
+        yield path, Sampling()
+        return
+    for listed in expand(path):
+        for named, sampling in _mixture(listed):
+            yield from ((file, sampling) for file in expand(named))
+
+
 def _mixture(path: Path) -> Iterable[tuple[Path, Sampling]]:
     """The files of a LLaVA-NeXT YAML, or the file itself."""
     if path.suffix in (".yaml", ".yml") and path.is_file():
@@ -132,15 +140,20 @@ def _mixture(path: Path) -> Iterable[tuple[Path, Sampling]]:
     return [(path, Sampling())]
 
 
-def _root_of(path: Path) -> Path:
+def _root_of(path: StorePath) -> StorePath:
     """The image root that goes without saying."""
+    if isinstance(path, ObjectPath):
+        return path if is_folder(path) else path.parent
     folder = fixed_folder(path)
     if folder is not None:
         return folder
     return path if path.is_dir() and not splits_of(path) else path.parent
 
 
-def _require_readable(path: Path) -> None:
+def _require_readable(path: StorePath) -> None:
+    if isinstance(path, ObjectPath):
+        is_folder(path)
+        return
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -151,7 +164,7 @@ def _require_readable(path: Path) -> None:
         raise ManifestError(f"{path} is neither a file nor a directory; check --data")
 
 
-def _record(entry: Any, origin: str, root: Path) -> Record:
+def _record(entry: Any, origin: str, root: StorePath) -> Record:
     if isinstance(entry, Unusable):
         raise _UnusableError(entry.reason)
     if not isinstance(entry, dict):
@@ -202,10 +215,12 @@ def _image_names(entry: dict[str, Any]) -> list[str]:
     return found
 
 
-def _key(name: str, root: Path) -> str:
+def _key(name: str, root: StorePath) -> str:
     """The image's path relative to the root, in one spelling; outside of it it is unusable."""
     path = name
-    if posixpath.isabs(name):
+    if isinstance(root, ObjectPath):
+        path = name.removeprefix(f"{root}/")
+    elif posixpath.isabs(name):
         path = os.path.relpath(os.path.normpath(name), Path(root).absolute())
     key = posixpath.normpath(path)
     if key == ".." or key.startswith("../") or posixpath.isabs(key):

@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from featcache.errors import CorruptStoreError
 from featcache.index import Index
 from featcache.journal import Commit, Plan, RowRecord, merge
 from featcache.layout import Status, StoreInfo
+from featcache.object_path import StorePath
 from featcache.planning import WITHOUT_ANSWER
 from featcache.writer import ShardBuffer
 
@@ -35,7 +35,7 @@ class RowEncoder(Protocol):
 class Records:
     """What was written of a store's shards, as far as anything can tell."""
 
-    def __init__(self, root: Path, info: StoreInfo, plans: Sequence[Plan]) -> None:
+    def __init__(self, root: StorePath, info: StoreInfo, plans: Sequence[Plan]) -> None:
         self._root, self._info, self._plans = root, info, plans
 
     def indexed(self, plan: Plan) -> bool:
@@ -77,7 +77,7 @@ class Records:
 
 
 def mend(
-    root: Path,
+    root: StorePath,
     buffer: ShardBuffer,
     task: ShardTask,
     encoder: Callable[[], RowEncoder],

@@ -11,6 +11,7 @@ from featcache.errors import ImageError, StoreError
 from featcache.images import digest
 from featcache.journal import Failure, Journal, Plan, merge
 from featcache.layout import Status
+from featcache.object_path import READS_AT_ONCE, is_url
 from featcache.sources import ImageRef
 from featcache.tiles import Tiling, tile_digest
 
@@ -116,7 +117,9 @@ def _scan(
         tiles = tiling.keys_in(key, data) if tiling else []
         return [(key, image), *((tile, tile_digest(image, tile)) for tile in tiles)]
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="featcache-scan") as pool:
+    # A bucket's answers are waited for, not worked for.
+    threads = max(workers, READS_AT_ONCE) if is_url(image_root) else workers
+    with ThreadPoolExecutor(threads, thread_name_prefix="featcache-scan") as pool:
         for start in range(0, len(keys), SCAN_BLOCK):
             block = keys[start : start + SCAN_BLOCK]
             for found in pool.map(scan, block):

@@ -12,10 +12,14 @@ import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from featcache.errors import ConfigError
 from featcache.gather import DIRECT_BYTES
 from featcache.memory import available_bytes
+
+if TYPE_CHECKING:
+    from featcache.tier import Tier
 
 IO_MODES = ("auto", "buffered", "direct")
 _CACHE_SHARE = 0.8  # of the memory that is available; the training wants some as well
@@ -52,6 +56,31 @@ def choose_mode(io: str, set_bytes: int, example: Path | None) -> ReadMode:
     asked = " as asked" if io == "buffered" else ""
     but = f", but no O_DIRECT ({problem})" if problem else ""
     return ReadMode(False, fits, f"through the page cache{asked}: {sizes}{but}")
+
+
+def choose_tier_mode(io: str, url: str, set_bytes: int, tier: Tier) -> ReadMode:
+    """For features of a bucket, which are read through the files of a `Tier`; those are written as
+    well, so never past the page cache.
+
+    Raises ConfigError for `io` "direct" and what is none of `IO_MODES`.
+    """
+    if io not in IO_MODES:
+        raise ConfigError(f"io={io!r}: must be one of {', '.join(IO_MODES)}")
+    if io == "direct":
+        raise ConfigError(f"io=direct: {url} is read through files on a disk; use io=auto")
+    stays = min(1.0, tier.nbytes / set_bytes) if set_bytes else 1.0
+    what = (
+        "all of it stays there"
+        if stays == 1
+        else f"about {stays:.0%} of it stays there, the rest is fetched again in each epoch"
+    )
+    fits = min(set_bytes, tier.nbytes) <= _CACHE_SHARE * available_bytes()
+    return ReadMode(
+        False,
+        fits,
+        f"from {url} through {tier.folder} ({_size(tier.nbytes)} at the most; "
+        f"{_size(set_bytes)} of features: {what})",
+    )
 
 
 def _size(count: int) -> str:

@@ -25,7 +25,7 @@ from featcache.buffers import Buffers, allocate
 from featcache.codecs import LayerCodec, StoredFeatures
 from featcache.device import num_cores
 from featcache.errors import ConfigError, StoreError
-from featcache.gather import open_pool
+from featcache.gather import Pool, open_pool
 from featcache.layout import Placement
 from featcache.read_mode import ReadMode
 from featcache.row_reads import CHECKS, Pending, RowReads
@@ -105,10 +105,12 @@ class FeatureReader:
         mode: ReadMode,
         options: ReaderOptions,
         again: Callable[[], FeatureReader],
+        through: Callable[[Pool], Pool] | None = None,
     ) -> None:
         """codes, scales: where the rows lie. status: uint8[rows]; only OK rows can be read.
         checksums: uint64[rows] of codes and then scales. mode: what `options.io` came to.
-        again: opens an equal reader, in another process.
+        again: opens an equal reader, in another process. through: what stands between the threads
+        that read files and the bucket that the rows lie in.
         """
         self.mode = mode
         self.options = options
@@ -119,15 +121,14 @@ class FeatureReader:
         self._buffers = Buffers(layer, options.budget_bytes, options.pin_memory)
         placements = [where for where in (codes, scales) if where]
         row_bytes = sum(where.row_bytes for where in placements)
-        self._reads = RowReads(
-            placements,
-            status,
-            checksums,
-            options.check,
-            lambda: open_pool(
+
+        def new_pool() -> Pool:
+            pool = open_pool(
                 threads, row_bytes, direct=mode.direct, keep=mode.fits, native=options.native
-            ),
-        )
+            )
+            return pool if through is None else through(pool)
+
+        self._reads = RowReads(placements, status, checksums, options.check, new_pool)
 
     def read(self, rows: np.ndarray[Any, Any], dtype: torch.dtype | None = None) -> Tensor:
         """rows: int64[I]. Returns dtype[I, P, D] in the order of `rows`; the stored dtype of an

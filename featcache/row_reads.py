@@ -177,7 +177,7 @@ class RowReads:
                 file = open_files.get(number)
                 batch.opening.append((array, number))
                 if file is None:
-                    files.append(os.fsencode(where.paths(number)))
+                    files.append(os.fsencode(str(where.paths(number))))
                 else:
                     files.append(file.descriptor)
                     batch.held.append(file)

@@ -10,8 +10,9 @@ import numpy as np
 
 from featcache.containers import read_member
 from featcache.errors import ImageError
-from featcache.images import read_bytes
+from featcache.images import MAX_FILE_BYTES, read_bytes
 from featcache.journal import Plan
+from featcache.object_path import ObjectPath, StorePath, is_url, parse_location
 from featcache.tiles import image_key
 
 
@@ -19,7 +20,8 @@ from featcache.tiles import image_key
 class ImageRef:
     """An image by its key below an image root; small, and good on any machine that sees the root.
 
-    root: absolute path of a folder. key: POSIX path below it.
+    root: absolute path of a folder, or a prefix in a bucket (s3://bucket/images). key: POSIX path
+    below it.
     """
 
     root: str
@@ -29,9 +31,12 @@ class ImageRef:
         """The bytes of the image's file, or of a member of the container that its key leads into;
         for the key of a tile (featcache/tiles.py) those of the image that it is cut from.
 
-        Raises ImageError as `featcache.images.read_bytes` and `featcache.containers.read_member`.
+        Raises ImageError as `featcache.images.read_bytes` and `featcache.containers.read_member`,
+        and ObjectStoreError.
         """
         key = image_key(self.key)
+        if is_url(self.root):
+            return read_object(parse_location(self.root), key)
         try:
             return read_bytes(Path(self.root, key))
         except ImageError as error:
@@ -43,7 +48,27 @@ class ImageRef:
             return data
 
     def __str__(self) -> str:
+        if is_url(self.root):
+            return f"{self.root}/{self.key}"
         return str(Path(self.root, self.key))
+
+
+def read_object(root: StorePath, key: str) -> bytes:
+    """The bytes of an image in a bucket. Raises ImageError as `featcache.images.read_bytes`, and
+    ObjectStoreError where that is not about this one image."""
+    path = root / key
+    assert isinstance(path, ObjectPath)
+    try:
+        data = path.read_at_most(MAX_FILE_BYTES)
+    except FileNotFoundError:
+        raise ImageError("missing", f"{path} does not exist") from None
+    except OSError as error:
+        raise ImageError("unreadable", f"{path}: {error.strerror}") from None
+    except MemoryError:
+        raise ImageError("too_large", f"{path} does not fit in memory") from None
+    if isinstance(data, int):
+        raise ImageError("too_large", f"{path} has {data:,} bytes")
+    return data
 
 
 class Sources:

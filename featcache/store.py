@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,16 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from featcache import layout
 from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.errors import ConfigError, CorruptStoreError, StoreError
 from featcache.forms import StoreForm, ZarrForm
+from featcache.gather import Pool
 from featcache.index import Index, checksummed
 from featcache.journal import Commit, Failure, Plan
 from featcache.layout import Placement, Status, StoreInfo, read_array
-from featcache.read_mode import choose_mode
+from featcache.object_path import ObjectPath, StorePath, parse_location
+from featcache.read_mode import choose_mode, choose_tier_mode
 from featcache.reader import FeatureReader, ReaderOptions
+from featcache.tier import Tier, default_tier
 from featcache.tiles import Grid, Tiling, tiles_of_all
 from featcache.writer import ShardSpec
 
@@ -34,18 +39,29 @@ class Tiles:
 
 
 class Store:
-    """A feature store on a local disk. Opening maps the index; nothing is read row by row.
+    """A feature store on a disk or in a bucket. Opening maps the index; nothing is read row by row.
 
-    form: where its parts lie, in a folder (Zarr) or in one HDF5 file.
+    form: where its parts lie, in a folder or bucket (Zarr) or in one HDF5 file.
 
     Letters: P patches, D encoder width.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        """Raises StoreError (not a store, newer format), IncompleteStoreError (the first
-        extraction has not finished), CorruptStoreError (a damaged index)."""
-        self.path = Path(path)
-        self.form = form_of(self.path)
+    def __init__(
+        self,
+        path: StorePath | str,
+        *,
+        cache_dir: Path | str | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
+        """path: a folder, an HDF5 file, or s3://bucket/..., gs://..., az://...
+        cache_dir, cache_bytes: of a store in a bucket, where what is fetched is kept on a local
+        disk, and how much of it: see `Tier`.
+
+        Raises StoreError (not a store, newer format; ObjectStoreError), IncompleteStoreError (the
+        first extraction has not finished), CorruptStoreError (a damaged index)."""
+        self.path = parse_location(path)
+        self._cache = cache_dir, cache_bytes
+        self.form = form_of(self.path, lambda: self.tier)
         self.info = self.form.load_info()
         while True:
             try:
@@ -57,9 +73,20 @@ class Store:
                 if self.info.index == stale:
                     raise
 
-    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[[], Store], tuple[()]]:
         """Another process opens it anew: an index of gigabytes is mapped, not sent."""
-        return Store, (self.path,)
+        return self._again, ()
+
+    @property
+    def _again(self) -> Callable[[], Store]:
+        folder, nbytes = self._cache
+        return functools.partial(Store, self.path, cache_dir=folder, cache_bytes=nbytes)
+
+    @functools.cached_property
+    def tier(self) -> Tier:
+        """Keeps on a local disk what is fetched of a store in a bucket. Raises StoreError."""
+        folder, nbytes = self._cache
+        return default_tier() if folder is None and nbytes is None else Tier(folder, nbytes)
 
     @property
     def codec(self) -> Codec:
@@ -188,15 +215,29 @@ class Store:
         layer_codec = self.layer_codec(chosen)
         wanted = ReaderOptions(**options)
         codes, scales = self.placements(chosen)
+        checksums = self.index.checksums[chosen]
+        stored, through = self.stored_bytes(chosen), None
+        if isinstance(self.path, ObjectPath):
+            from featcache.tier_pool import TierPool
+
+            placements = [where for where in (codes, scales) if where]
+            mode = choose_tier_mode(wanted.io, str(self.path), stored, self.tier)
+            made = xxhash.xxh3_64_hexdigest(json.dumps(self.fingerprint, sort_keys=True).encode())
+
+            def through(pool: Pool) -> Pool:
+                return TierPool(pool, self.tier, placements, checksums, made)
+        else:
+            mode = choose_mode(wanted.io, stored, self.example(chosen))
         return FeatureReader(
             codes,
             scales,
             layer_codec,
             self.index.status,
-            self.index.checksums[chosen],
-            choose_mode(wanted.io, self.stored_bytes(chosen), self.example(chosen)),
+            checksums,
+            mode,
             wanted,
-            functools.partial(_open_reader, self.path, chosen, wanted),
+            functools.partial(_open_reader, self._again, chosen, wanted),
+            through,
         )
 
     def stored_bytes(self, layer: str) -> int:
@@ -204,11 +245,12 @@ class Store:
         return self.num_images * sum(where.pitch_bytes for where in self.placements(layer) if where)
 
     def example(self, layer: str) -> Path | None:
-        """A file with features, if there are any."""
+        """A file with features, if there are any on a disk."""
         if not self.num_images:
             return None
         where = self.placements(layer)[0]
-        return where.paths(int(np.argmax(self.index.status == Status.OK)) // where.rows_per_file)
+        first = where.paths(int(np.argmax(self.index.status == Status.OK)) // where.rows_per_file)
+        return None if isinstance(first, ObjectPath) else first
 
     def placements(self, layer: str) -> tuple[Placement, Placement | None]:
         """Where the rows of a layer's codes lie, and of its patch scales where it has any."""
@@ -228,8 +270,8 @@ class Store:
         return self.spec.layers[layer]
 
 
-def _open_reader(path: Path, layer: str, options: ReaderOptions) -> FeatureReader:
-    return Store(path).reader(layer, **asdict(options))
+def _open_reader(store: Callable[[], Store], layer: str, options: ReaderOptions) -> FeatureReader:
+    return store().reader(layer, **asdict(options))
 
 
 def codecs_before(source: dict[str, Any]) -> list[str]:
@@ -244,8 +286,13 @@ def codecs_before(source: dict[str, Any]) -> list[str]:
     return found
 
 
-def form_of(path: Path) -> StoreForm:
-    """By content. Raises StoreError for a file that is no HDF5 and a path that cannot be."""
+def form_of(path: StorePath, tier: Callable[[], Tier] = default_tier) -> StoreForm:
+    """By content. tier: see `ZarrForm`.
+
+    Raises StoreError for a file that is no HDF5 and a path that cannot be.
+    """
+    if isinstance(path, ObjectPath):
+        return ZarrForm(path, tier)
     try:
         if not path.is_file():
             return ZarrForm(path)
@@ -261,7 +308,7 @@ def form_of(path: Path) -> StoreForm:
     return Hdf5Form(path)
 
 
-def shard_spec(root: Path, info: StoreInfo) -> ShardSpec:
+def shard_spec(root: StorePath, info: StoreInfo) -> ShardSpec:
     """What a Zarr store's shards are made of.
 
     Raises CorruptStoreError where the channel values of a scaled codec are damaged.

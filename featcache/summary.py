@@ -16,6 +16,7 @@ from featcache.errors import IncompleteStoreError
 from featcache.gc import unreferenced
 from featcache.journal import Journal, merge
 from featcache.layout import Status, StoreInfo
+from featcache.object_path import ObjectPath, StorePath
 from featcache.store import Store, blank_spec
 
 PARTS = ("features", "scales", "pooled", "index", "journal")
@@ -58,7 +59,7 @@ class Summary:
         return {**self.info.fingerprint, "codec": self.info.codec}
 
 
-def summarize(path: Path) -> Summary:
+def summarize(path: StorePath) -> Summary:
     """Raises StoreError where `path` is no store, CorruptStoreError."""
     try:
         store = featcache.open(path)
@@ -71,7 +72,7 @@ def _of_index(store: Store) -> Summary:
     info, index, path = store.info, store.index, store.path
     committed = planned = -(-store.num_rows // info.shard_images)
     generations, pending = info.generation, 0
-    if path.is_dir():
+    if isinstance(path, ObjectPath) or path.is_dir():
         committed = len(list((path / "journal").glob("commit-*.json")))
         if (path / layout.plan_path(generations + 1)).exists():
             # An extraction has begun since.
@@ -96,7 +97,7 @@ def _of_index(store: Store) -> Summary:
     )
 
 
-def _of_journal(path: Path) -> Summary:
+def _of_journal(path: StorePath) -> Summary:
     info = StoreInfo.load(path)
     journal = Journal.load(path, info.generation)
     known = merge(journal.plans)
@@ -128,7 +129,7 @@ def _pending(journal: Journal) -> int:
     return sum(len(plan.digests_of(shard)) for plan, shard in journal.pending)
 
 
-def _summary(path: Path, info: StoreInfo, **counts: Any) -> Summary:
+def _summary(path: StorePath, info: StoreInfo, **counts: Any) -> Summary:
     spec = blank_spec(info)
     of_layers = spec.image_bytes - spec.pooled_bytes
     place = sum(spec.geometry(layer).pitch_bytes for layer in info.layers)
@@ -144,11 +145,16 @@ def _summary(path: Path, info: StoreInfo, **counts: Any) -> Summary:
     )
 
 
-def disk_parts(path: Path) -> dict[str, int]:
+def disk_parts(path: StorePath) -> dict[str, int]:
     """{part: bytes on disk} of a store's folder, or of the one file that it is."""
+    parts = dict.fromkeys((*PARTS, "other"), 0)
+    if isinstance(path, ObjectPath):
+        for name, nbytes in path.listing():
+            first = name.partition("/")[0]
+            parts[first if first in PARTS else "other"] += nbytes
+        return {part: nbytes for part, nbytes in parts.items() if nbytes}
     if path.is_file():
         return {"file": _bytes(path.stat())}
-    parts = dict.fromkeys((*PARTS, "other"), 0)
     for folder, _, names in os.walk(path):
         inside = Path(folder).relative_to(path).parts
         part = inside[0] if inside and inside[0] in PARTS else "other"

@@ -12,7 +12,6 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from featcache.encoders import Encoder, load_encoder
 from featcache.fingerprint import fingerprint
 from featcache.journal import Commit, Journal
 from featcache.layout import Status, StoreInfo
+from featcache.object_path import StorePath
 from featcache.probe import Speed, probe_speed
 from featcache.sources import ImageRef, Sources
 from featcache.store import shard_spec
@@ -38,7 +38,7 @@ class WorkerOptions:
     they are. load: makes the encoder.
     """
 
-    out: Path
+    out: StorePath
     model: str
     layers: tuple[str, ...] = ("-2",)
     device: str = "cpu"

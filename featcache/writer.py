@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from featcache.files import Seal, publish, seal_of_parts, sync
 from featcache.fingerprint import versions
 from featcache.journal import Commit, RowRecord
 from featcache.layout import Placement, ShardGeometry, Status
+from featcache.object_path import ObjectPath, StorePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class ShardBuffer:
             )
         return features, None if self._pooled is None else self._pooled[slot]
 
-    def load(self, root: Path, shard: int, rows: list[RowRecord]) -> list[int]:
+    def load(self, root: StorePath, shard: int, rows: list[RowRecord]) -> list[int]:
         """`load_from` of a Zarr store."""
         return self.load_from(lambda array: zarr_placement(root, self.spec, array), shard, rows)
 
@@ -184,7 +184,7 @@ class ShardBuffer:
         checksum = xxhash.xxh3_64(raw_bytes(pooled))
         return checksum.intdigest() == checksums.get("pooled") and bool(pooled.isfinite().all())
 
-    def publish(self, root: Path) -> Commit:
+    def publish(self, root: StorePath) -> Commit:
         """Write the shard's files, then its commit record, unless the shard is there by now.
 
         Raises StoreError when the disk is full or the store cannot be written; what was
@@ -196,7 +196,9 @@ class ShardBuffer:
                 return there  # another worker was quicker; its record must not go for a moment
             # A record left from before, whose files were damaged, must not vouch for the new ones.
             record = root / layout.commit_path(self.shard)
-            if record.exists():
+            if isinstance(record, ObjectPath):
+                record.unlink(missing_ok=True)
+            elif record.exists():
                 record.unlink()
                 sync(record.parent)
             files = self._write(root, {})
@@ -207,7 +209,7 @@ class ShardBuffer:
             raise write_error(root, error) from error
         return commit
 
-    def rewrite(self, root: Path, commit: Commit) -> Commit:
+    def rewrite(self, root: StorePath, commit: Commit) -> Commit:
         """Write the shard's files as the rows are now, and replace its commit record, which is at
         no time absent; `commit` is the one there, or of the store that the rows come from.
 
@@ -271,7 +273,7 @@ class ShardBuffer:
         if self._pooled is not None:
             self._pooled[torch.from_numpy(absent)] = torch.nan
 
-    def _write(self, root: Path, before: Mapping[str, Seal]) -> dict[str, Seal]:
+    def _write(self, root: StorePath, before: Mapping[str, Seal]) -> dict[str, Seal]:
         """Publish the data files, none shorter than its seal in `before`. Raises OSError."""
         return {path: publish(root / path, parts) for path, parts in self._files(before)}
 
@@ -313,7 +315,7 @@ class ShardBuffer:
         return [*parts, max(0, hole), geometry.encode_index(present)]
 
 
-def zarr_placement(root: Path, spec: ShardSpec, array: str) -> Placement:
+def zarr_placement(root: StorePath, spec: ShardSpec, array: str) -> Placement:
     """Where the rows of a Zarr store's array lie, by its name ("features/-2")."""
     kind, _, layer = array.partition("/")
     images, cure = spec.images, layout.repair_cure(root)
@@ -343,8 +345,12 @@ def _fill(
     what is not in the file, or not present, is zeros."""
     values[~present] = 0
     values[:, where.row_bytes :] = 0
+    path = where.paths(first // where.rows_per_file)
+    if isinstance(path, ObjectPath):
+        _fill_from(path, where, first, present, values)
+        return
     try:
-        descriptor = os.open(where.paths(first // where.rows_per_file), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         values[:] = 0
         return
@@ -361,6 +367,25 @@ def _fill(
         os.close(descriptor)
 
 
+def _fill_from(
+    path: ObjectPath,
+    where: Placement,
+    first: int,
+    present: np.ndarray[Any, Any],
+    values: np.ndarray[Any, Any],
+) -> None:
+    """`_fill` out of a bucket. RAM: the whole file."""
+    try:
+        content = np.frombuffer(path.read_bytes(), np.uint8)
+    except FileNotFoundError:
+        values[:] = 0
+        return
+    for slot in present.nonzero()[0].tolist():
+        row = content[where.offset(first + slot) :][: where.row_bytes]
+        values[slot, : len(row)] = row
+        values[slot, len(row) :] = 0
+
+
 def write_at(descriptor: int, content: memoryview, at: int) -> None:
     """Write all of `content` at a place of a file. Raises OSError."""
     while content:
@@ -373,7 +398,7 @@ def raw_bytes(values: Tensor) -> memoryview:
     return values.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def write_error(root: Path, error: OSError) -> StoreError:
+def write_error(root: StorePath, error: OSError) -> StoreError:
     """The user's line for a store that cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from align.data.templates import TemplateConfig, render
 from align.errors import DataError, TemplateError
 from featcache.manifests import Record, read_manifest
+from featcache.object_path import StorePath, parse_location
 from featcache.store import Store
 
 
@@ -163,14 +164,20 @@ def with_sources(config: DataConfig, store: Store) -> DataConfig:
 
     Raises DataError where no file remains.
     """
-    held = {Path(file).resolve() for file in config.val_files}
-    files = config.files or [f for f in store.source["data"] if Path(f).resolve() not in held]
+    held = {_place(file) for file in config.val_files}
+    files = config.files or [f for f in store.source["data"] if _place(f) not in held]
     if not files:
         raise DataError(
             f"data.val_files: hold all that {store.path} was extracted from, so nothing remains to "
             "train on; name other files in data.files, or set data.eval_ratio instead"
         )
     return replace(config, files=files, images=config.images or store.source["images"])
+
+
+def _place(file: str) -> StorePath:
+    """By which two names of one file are the same."""
+    path = parse_location(file)
+    return path.resolve() if isinstance(path, Path) else path
 
 
 def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> DataSplits:
@@ -182,8 +189,8 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
     Raises DataError where a file is not named anywhere, nothing remains to train on, or a larger
     share than `data.max_missing` has no features; ManifestError where a file cannot be read.
     """
-    held = {Path(file).resolve() for file in config.val_files}
-    if twice := [file for file in config.files if Path(file).resolve() in held]:
+    held = {_place(file) for file in config.val_files}
+    if twice := [file for file in config.files if _place(file) in held]:
         raise DataError(
             f"data.val_files: {', '.join(twice)} is in data.files as well; what is trained on "
             "cannot be held out: name it in one of them"

@@ -17,7 +17,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from featcache import layout
 from featcache.device import num_cores
@@ -26,6 +25,7 @@ from featcache.errors import StoreError
 from featcache.executors.inline import InlineExecutor
 from featcache.files import publish_json, read_json
 from featcache.journal import Commit, recorded_shards
+from featcache.object_path import StorePath
 from featcache.tasks import PendingTasks, ShardTask
 from featcache.worker import ShardDone, WorkerOptions, WorkProgress
 
@@ -104,18 +104,18 @@ class Word:
     error: str = ""
 
 
-def tell(root: Path, rank: Rank, word: Word) -> None:
+def tell(root: StorePath, rank: Rank, word: Word) -> None:
     """Raises OSError."""
     publish_json(_path(root, rank), asdict(word))
 
 
-def forget(root: Path) -> None:
+def forget(root: StorePath) -> None:
     """Remove what earlier jobs, or an earlier one of the same name, said."""
     for path in (root / layout.JOBS).glob("*"):
         path.unlink(missing_ok=True)
 
 
-def listen(root: Path, rank: Rank, on_wait: Callable[[], None]) -> Word:
+def listen(root: StorePath, rank: Rank, on_wait: Callable[[], None]) -> Word:
     """Wait for rank 0's word; calls `on_wait` while there is none. Raises StoreError where it is
     an error."""
     path = _path(root, rank)
@@ -131,7 +131,7 @@ def listen(root: Path, rank: Rank, on_wait: Callable[[], None]) -> Word:
         return word
 
 
-def _path(root: Path, rank: Rank) -> Path:
+def _path(root: StorePath, rank: Rank) -> StorePath:
     return root / layout.JOBS / f"{rank.job}.json"
 
 
@@ -197,10 +197,10 @@ def _order(shards: list[int], rank: Rank) -> list[int]:
     return found
 
 
-def _is_committed(root: Path, shard: int) -> bool:
+def _is_committed(root: StorePath, shard: int) -> bool:
     return Commit.load(root, shard) is not None
 
 
-def _sum_of(images: Mapping[int, int], root: Path) -> int:
+def _sum_of(images: Mapping[int, int], root: StorePath) -> int:
     """The images of those of these shards that have a commit record."""
     return sum(images.get(shard, 0) for shard in recorded_shards(root))

@@ -28,6 +28,7 @@ from align.config import RunConfig, load_config
 from align.llm import FrozenLLM, LLMConfig, load_llm
 from featcache.extract import ExtractOptions, extract
 from featcache.store import Store
+from tests.support_s3 import bucket, environment, proxy, server  # noqa: F401 - fixtures
 
 TOKENIZER = Path(align.__file__).parent / "assets" / "qwen3-tiny"
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "orange", "purple")

@@ -90,7 +90,7 @@ class Pread(Dataset[Any]):
         for place, row in enumerate(rows):
             shard = row // self.codes.rows_per_file
             if shard not in self.descriptors:
-                self.descriptors[shard] = os.open(self.codes.paths(shard), os.O_RDONLY)
+                self.descriptors[shard] = os.open(str(self.codes.paths(shard)), os.O_RDONLY)
             os.preadv(self.descriptors[shard], [raw[place].data], self.codes.offset(row))
 
 
