@@ -57,7 +57,7 @@ class _Actor:
         """Not loaded with the actor, so that what goes wrong is a task's error."""
         with self._loading:
             if self._loaded is None:
-                self._loaded = Worker(self._options)
+                self._loaded = self._options.worker()
             return self._loaded
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
