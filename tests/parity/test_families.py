@@ -420,6 +420,8 @@ def test_cambrians_convnext_is_timms_from_open_clip_weights(
     encoded = encoder.encode(pixels).features["multi-stage"]
     assert encoded.shape == (4, 9, 28)
     torch.testing.assert_close(encoded, expected, rtol=1e-6, atol=1e-6)
+    by_folder = load_encoder(str(tmp_path), layers=("multi-stage",), fit="pad")
+    assert by_folder.weights == encoder.weights and by_folder.num_patches == 9
 
 
 def test_open_clip_repositories_that_lack_something(
