@@ -91,7 +91,9 @@ class NullWorker(Worker):
     ) -> Iterator[WorkProgress]:
         seconds = dict.fromkeys(STAGES, 0.0)
         done = 0
-        while (task := tasks.next(wait=True)) is not None:
+        while tasks.wait():
+            task = tasks.next()
+            assert task is not None
             done += len(task.images)
             on_commit(ShardDone(task.shard, WorkProgress(len(task.images), seconds=seconds)))
             yield WorkProgress(done, done, seconds=seconds)

@@ -80,9 +80,11 @@ NOT_IN_A_BATCH = (
 class TaskSource(Protocol):
     """Where shards to be encoded come from."""
 
-    def next(self, wait: bool) -> ShardTask | None:
-        """The next task; None where there is none yet and `wait` is false, or where there will be
-        none any more."""
+    def next(self) -> ShardTask | None:
+        """The next task; None where there is none now."""
+
+    def wait(self) -> bool:
+        """Until there is a task; false where there will be none any more."""
 
 
 class Tasks:
@@ -91,8 +93,11 @@ class Tasks:
     def __init__(self, tasks: Iterable[ShardTask]) -> None:
         self._tasks = iter(tasks)
 
-    def next(self, wait: bool) -> ShardTask | None:
+    def next(self) -> ShardTask | None:
         return next(self._tasks, None)
+
+    def wait(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +196,20 @@ class ShardEncoder:
         counts = self._counts
         ahead: deque[_Coming] = deque()
         coding: deque[Future[None]] = deque()
-        batches = self._batches(tasks, ahead)
+        batches = self._batches(tasks)
         buffer: ShardBuffer | None = None
         while True:
             while len(ahead) < BATCHES_AHEAD and (coming := next(batches)):
                 ahead.append(coming)
             if not ahead:
-                break
+                # What goes wrong in the background must be told now: nobody may come again.
+                while coding:
+                    coding.popleft().result()
+                self._writer.wait()
+                yield self._progress()
+                if not tasks.wait():
+                    return
+                continue
             coming = ahead.popleft()
             if coming.batch is None:
                 counts.done += self._mend(coming.task)
@@ -224,10 +236,6 @@ class ShardEncoder:
             if coming.last:
                 buffer = None
             yield self._progress()
-        for future in coding:
-            future.result()
-        self._writer.wait()
-        yield self._progress()
 
     def again(self, task: ShardTask, buffer: ShardBuffer, slots: Collection[int]) -> None:
         """Encode these slots of a loaded shard once more, each in its batch of the plan, and leave
@@ -279,11 +287,10 @@ class ShardEncoder:
             counts.done, counts.failed, dict(counts.seconds), self._encoder.backed_off
         )
 
-    def _batches(self, tasks: TaskSource, ahead: deque[_Coming]) -> Iterator[_Coming | None]:
-        """The batches of all tasks, decoding begun; None where there is nothing now. Waits for a
-        task only where nothing is ahead."""
+    def _batches(self, tasks: TaskSource) -> Iterator[_Coming | None]:
+        """The batches of all tasks, decoding begun; None where there is nothing now."""
         while True:
-            task = tasks.next(wait=not ahead)
+            task = tasks.next()
             if task is None:
                 yield None
                 continue

@@ -12,6 +12,7 @@ class QueuedTasks:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[ShardTask | None] = queue.SimpleQueue()
+        self._held: ShardTask | None = None
         self._ended = False
 
     def put(self, task: ShardTask | None) -> None:
@@ -22,12 +23,22 @@ class QueuedTasks:
         """After an end: there will be tasks again."""
         self._ended = False
 
-    def next(self, wait: bool) -> ShardTask | None:
-        if self._ended:
-            return None
-        try:
-            task = self._queue.get(block=wait)
-        except queue.Empty:
-            return None
-        self._ended = task is None
+    def next(self) -> ShardTask | None:
+        if self._held is None:
+            self._take(block=False)
+        task, self._held = self._held, None
         return task
+
+    def wait(self) -> bool:
+        if self._held is None:
+            self._take(block=True)
+        return self._held is not None
+
+    def _take(self, block: bool) -> None:
+        if self._ended:
+            return
+        try:
+            self._held = self._queue.get(block=block)
+        except queue.Empty:
+            return
+        self._ended = self._held is None
