@@ -4,10 +4,14 @@ tests/faults/kill_workers.py does the same with more workers and kills."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -121,3 +125,75 @@ def test_a_ray_cluster_that_is_not_there(encoder_dir: Path, tmp_path: Path) -> N
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: RAY_ADDRESS=127.0.0.1:1: no Ray cluster")
     assert not (tmp_path / "store.zarr").exists()
+
+
+class RayCluster:
+    """A Ray of its own on loopback, that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self._folder = folder
+        self.address = f"127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        ray = Path(sys.executable).with_name("ray")
+        self._process = subprocess.Popen(
+            [
+                str(ray), "start", "--head", "--block", f"--port={self._port}", "--num-cpus=2",
+                "--node-ip-address=127.0.0.1", "--include-dashboard=false",
+                "--disable-usage-stats", "--object-store-memory=100000000",
+            ],
+            env=environment(), cwd=self._folder, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                socket.create_connection(("127.0.0.1", self._port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError("the Ray head does not start")
+
+    def kill(self) -> None:
+        for pid in [*kill_workers.descendants(self._process.pid), self._process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.mark.slow
+def test_the_ray_head_is_restarted(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    write_images(tmp_path / "images", 6000)
+    reference, out = tmp_path / "reference.zarr", tmp_path / "store.zarr"
+    command = [
+        sys.executable, "-m", "cli.featcache", "extract", "--model", "tiny", "--data",
+        str(tmp_path / "images"), "--shard-images", "4", "--batch-size", "4", "--device", "cpu",
+        "--out",
+    ]  # fmt: skip
+    subprocess.run([*command, str(reference)], env=environment(), cwd=tmp_path, check=True)
+    cluster = RayCluster(tmp_path)
+    over_ray = [*command, str(out), "--executor", "ray", "--workers", "2"]
+    # How long a driver waits for a head that is gone.
+    env = environment() | {
+        "RAY_ADDRESS": cluster.address,
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    }
+    try:
+        driver = subprocess.Popen(over_ray, env=env, cwd=tmp_path)
+        while len(list(out.glob("journal/commit-*"))) < 10:
+            assert driver.poll() is None
+            time.sleep(0.05)
+        cluster.kill()
+        assert driver.wait(120) != 0
+        committed = len(list(out.glob("journal/commit-*")))
+        assert 10 <= committed < 1500
+        cluster.start()
+        subprocess.run(over_ray, env=env, cwd=tmp_path, check=True)
+    finally:
+        cluster.kill()
+    assert feature_files(out) == feature_files(reference)
