@@ -195,9 +195,7 @@ def test_who_is_not_let_in_hears_so_at_once(
 
 def test_without_obstore(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
-    with pytest.raises(
-        ConfigError, match=r'needs obstore: pip install "featcache\[s3\]"'
-    ):
+    with pytest.raises(ConfigError, match=r'needs obstore: pip install "featcache\[s3\]"'):
         featcache.open("s3://bucket/store.zarr")
 
 
