@@ -25,6 +25,7 @@ from torch import Tensor
 from featcache import layout
 from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.device import num_cores
+from featcache.encoders import Encoder
 from featcache.errors import ConfigError, FeatcacheError, ManifestError, StoreError
 from featcache.executors import Executor, open_executor
 from featcache.executors.ranks import (
@@ -83,7 +84,7 @@ class ExtractOptions:
     besides (featcache/tiles.py); none where empty.
     max_failures: ratio of images without features above which the result is not ok.
     force: begin although the disk seems too small.
-    fit, compile: see `load_encoder`.
+    fit, compile: see `load_encoder`. load: in its place, for benchmarks.
     """
 
     model: str
@@ -106,6 +107,7 @@ class ExtractOptions:
     force: bool = False
     fit: str = "checkpoint"
     compile: bool = False
+    load: Callable[..., Encoder] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +270,7 @@ def _worker_options(options: ExtractOptions, workers: int) -> WorkerOptions:
         random_weights=options.random_weights,
         fit=options.fit,
         compile=options.compile,
+        load=options.load,
         decode_threads=options.decode_threads or max(1, num_cores() // workers),
     )
 

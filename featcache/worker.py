@@ -35,7 +35,8 @@ class WorkerOptions:
 
     out: the store. model, layers, device, random_weights, fit, compile: see `load_encoder`.
     decode_threads: that decode images. compute_threads: of torch on the CPU; None leaves them as
-    they are. load: makes the encoder.
+    they are. load, make: what
+    makes the encoder and the worker, in their place for benchmarks.
     """
 
     out: StorePath
@@ -48,6 +49,11 @@ class WorkerOptions:
     decode_threads: int = 1
     compute_threads: int | None = None
     load: Callable[..., Encoder] | None = None
+    make: Callable[[WorkerOptions], Worker] | None = None
+
+    def worker(self) -> Worker:
+        """Raises as `Worker`."""
+        return (self.make or Worker)(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,10 +182,10 @@ class AnyTower(Tower):
         preprocessing = Preprocessing.from_processor(processor, name)
         for height, width in ((37, 61), (700, 500)):
             image = _pattern(height, width)
-            theirs = processor(images=image, return_tensors="np")["pixel_values"]
-            pixels = preprocessing.collate([preprocessing.resize(image)]).values
+            theirs = processor(images=image, return_tensors="np").get("pixel_values")
+            pixels = torch.from_numpy(preprocessing.resize(image))[None].int()
             table = preprocessing.normalisation_table()
-            ours = torch.stack([table[c][pixels[..., c].int()] for c in range(3)], dim=1).numpy()
+            ours = torch.stack([table[c][pixels[..., c]] for c in range(3)], dim=1).numpy()
             if np.shape(theirs) != ours.shape or not np.array_equal(theirs, ours):
                 raise EncoderError(
                     f"the image processor of {name}, {type(processor).__name__}, makes other "

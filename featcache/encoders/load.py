@@ -39,8 +39,8 @@ def load_encoder(
     Raises EncoderError: unknown name, unreachable hub, a model that is no tower of patches, missing
     weights, no compiler. Raises ConfigError for a wrong `fit` or device.
     """
-    entry = ENCODERS.get(name)
-    source = _source(name, entry)
+    entry = _entry_of(name)
+    source = _source(name)
     device = resolve_device(device)
     if (
         entry is not None
@@ -82,7 +82,19 @@ def load_encoder(
     )
 
 
-def _source(name: str, entry: EncoderEntry | None) -> str:
+def _entry_of(name: str) -> EncoderEntry | None:
+    """What the registry says of a name; of a hub id or a folder only where the repository does not
+    say it itself."""
+    if name in ENCODERS:
+        return ENCODERS[name]
+    for entry in ENCODERS.values():
+        if not entry.describes_itself and Path(entry.hub_id or "").name == Path(name).name:
+            return entry
+    return None
+
+
+def _source(name: str) -> str:
+    entry = ENCODERS.get(name)
     if entry is not None:
         if entry.asset is not None:
             return str(importlib.resources.files("featcache") / "assets" / entry.asset)

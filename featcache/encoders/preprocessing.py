@@ -233,12 +233,14 @@ class Preprocessing:
 
         Raises EncoderError for settings this class does not reproduce.
         """
-        steps = (processor.do_resize, processor.do_rescale, processor.do_normalize)
-        fit = _fit_of_processor(processor, name) if all(steps) else None
+        steps = ("do_resize", "do_rescale", "do_normalize")
+        does_all = all(getattr(processor, step, False) for step in steps)
+        fit = _fit_of_processor(processor, name) if does_all else None
         if fit is None:
+            size = _given(getattr(processor, "size", None))
             raise EncoderError(
                 f"the image processor of {name} does not resize to a fixed height and width and "
-                f"normalise (size {_given(processor.size)}); only such processors are supported"
+                f"normalise (size {size}); only such processors are supported"
             )
         return cls(
             processor=called or type(processor).__name__,

@@ -8,7 +8,7 @@ from typing import Any
 from featcache.encode import Tasks
 from featcache.executors.base import Executor
 from featcache.tasks import ShardTask
-from featcache.worker import Worker, WorkerOptions, WorkProgress
+from featcache.worker import WorkerOptions, WorkProgress
 
 
 class InlineExecutor(Executor):
@@ -17,7 +17,7 @@ class InlineExecutor(Executor):
     workers = 1
 
     def __init__(self, options: WorkerOptions) -> None:
-        self._worker = Worker(options)
+        self._worker = options.worker()
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._worker, method)(*arguments)

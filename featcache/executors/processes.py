@@ -32,7 +32,7 @@ from featcache.errors import FeatcacheError, StoreError
 from featcache.executors.base import SHARDS_AHEAD, Executor, Tally
 from featcache.executors.queued import QueuedTasks
 from featcache.tasks import ShardTask
-from featcache.worker import ShardDone, Worker, WorkerOptions, WorkProgress
+from featcache.worker import ShardDone, WorkerOptions, WorkProgress
 
 DEATHS_WITHOUT_A_SHARD = 5
 """More workers than that, and than there are, may not die without a shard being committed."""
@@ -77,7 +77,7 @@ def serve(connection: Connection, options: WorkerOptions) -> None:
 
     threading.Thread(target=listen, name="featcache-listen", daemon=True).start()
     try:
-        worker = Worker(options)
+        worker = options.worker()
         while True:
             order = orders.get()
             if order[0] == "call":

@@ -11,6 +11,7 @@ The store and the images must be visible under the same names on every node.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,7 @@ RETRIES = 5
 _LOOK_EVERY_S = 1.0
 _LAST_WORDS_S = 30.0
 """How long a shard that another actor was quicker with may take to end."""
+_REACHED_WITHIN_S = 10.0
 _OBJECTS_BYTES = 100_000_000
 """Of a Ray of this machine's own: nothing large goes through its object store."""
 
@@ -55,7 +57,7 @@ class _Actor:
         """Not loaded with the actor, so that what goes wrong is a task's error."""
         with self._loading:
             if self._loaded is None:
-                self._loaded = Worker(self._options)
+                self._loaded = self._options.worker()
             return self._loaded
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
@@ -261,8 +263,10 @@ def _connected() -> ModuleType:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
     try:
+        if address:
+            _require_reachable(address)
         ray.init(address=address or "auto", **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if address:
             reason = " ".join(str(error).split())
             raise ConfigError(
@@ -278,3 +282,10 @@ def _connected() -> ModuleType:
         )
     found: ModuleType = ray
     return found
+
+
+def _require_reachable(address: str) -> None:
+    """Ray itself would try for a minute. Raises OSError."""
+    host, _, port = address.rpartition(":")
+    if "://" not in address and port.isdecimal():
+        socket.create_connection((host, int(port)), _REACHED_WITHIN_S).close()

@@ -517,3 +517,17 @@ def test_skipped_records_are_counted_by_reason(options: ExtractOptions, tmp_path
 def test_limit(options: ExtractOptions) -> None:
     assert extract(replace(options, limit=5)).images == 5
     assert extract(options).new == 5
+
+
+@pytest.mark.parametrize(
+    ("shard_bytes", "images"), [(9 * 24 * 2 * 5 + 1, 5), (1, 1), (1 << 30, 128)]
+)
+def test_a_shard_of_a_new_store_has_no_more_than_so_many_bytes(
+    options: ExtractOptions, monkeypatch: pytest.MonkeyPatch, shard_bytes: int, images: int
+) -> None:
+    """A ConvNeXt's 106 MB an image would make 14 GB of 128."""
+    monkeypatch.setattr("featcache.extract.DEFAULT_SHARD_BYTES", shard_bytes)
+    extract(replace(options, shard_images=None))
+    assert StoreInfo.load(options.out).shard_images == images
+    monkeypatch.setattr("featcache.extract.DEFAULT_SHARD_BYTES", 1 << 40)
+    assert extract(replace(options, shard_images=None)).new == 0  # the store's own goes on

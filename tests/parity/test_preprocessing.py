@@ -208,3 +208,13 @@ def test_dinov3_differs_by_the_rounding_to_8_bits() -> None:
         ours = torch.from_numpy(preprocessing.resize(image)).permute(2, 0, 1)[None].float()
         assert (ours - expected).abs().max() < 1.1
         assert (ours - expected).abs().mean() < 0.35
+
+
+def test_settings_as_old_checkpoints_have_them() -> None:
+    """openai's CLIP: plain numbers for both sizes."""
+    processor = CLIPImageProcessorPil(size=24, crop_size=24)
+    old = Preprocessing.from_processor(processor, "x")
+    assert old == Preprocessing.from_processor(PROCESSORS["clip"], "x")
+    image = photograph(50, 33)
+    expected = processor(images=image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(normalised(old, image), expected)
