@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import http.server
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -26,15 +27,25 @@ from featcache.object_path import ObjectPath
 from featcache.tier import default_tier
 
 HOST = "127.0.0.1"
+_PROGRAM = f"""
+import os, sys, threading
+from moto.server import main
+def end_with_the_tests():
+    sys.stdin.read()
+    os._exit(0)
+threading.Thread(target=end_with_the_tests, daemon=True).start()
+main(["-H", "{HOST}", "-p", "0"])
+"""
 
 
 class S3Server:
     """moto's server: what it holds is in its memory, and gone when it ends."""
 
     def __init__(self, **environment: str) -> None:
-        command = [str(Path(sys.executable).with_name("moto_server")), "-H", HOST, "-p", "0"]
         self._process = subprocess.Popen(
-            ["env", *(f"{name}={value}" for name, value in environment.items()), *command],
+            [sys.executable, "-c", _PROGRAM],
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
@@ -58,7 +69,8 @@ class S3Server:
         urllib.request.urlopen(request).close()
 
     def stop(self) -> None:
-        self._process.kill()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         self._process.wait()
         self._log.join()
         assert self._process.stderr is not None
