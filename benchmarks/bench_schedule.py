@@ -91,9 +91,10 @@ class NullWorker(Worker):
     ) -> Iterator[WorkProgress]:
         seconds = dict.fromkeys(STAGES, 0.0)
         done = 0
-        while tasks.wait():
+        while tasks.wait(1.0):
             task = tasks.next()
-            assert task is not None
+            if task is None:
+                continue
             done += len(task.images)
             on_commit(ShardDone(task.shard, WorkProgress(len(task.images), seconds=seconds)))
             yield WorkProgress(done, done, seconds=seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -141,8 +141,7 @@ def extract(
 
     grids = parse_grids(tiles) if tiles is not None else ()
     console.say(f"loading {model}" + (" with RANDOM weights" if random_weights else ""))
-    from featcache.executors.ranks import rank_from
-    from featcache.extract import ExtractOptions, assist
+    from featcache.extract import ExtractOptions, assist, launched_as
     from featcache.extract import extract as run
 
     options = ExtractOptions(
@@ -167,7 +166,7 @@ def extract(
         fit=fit,
         compile=compile,
     )
-    rank = rank_from(os.environ)
+    rank = launched_as(options)
     if rank is not None and rank.index > 0:
         if not dry_run:
             with RankLog(rank, out) as log:
@@ -258,7 +257,7 @@ class RankLog:
             self._lines += line
             self._path.write([self._lines.encode()])
             return
-        with self._path.open("a") as file:
+        with contextlib.suppress(OSError), self._path.open("a") as file:  # it is only a log
             file.write(line)
 
     def __enter__(self) -> RankLog:

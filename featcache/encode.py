@@ -32,7 +32,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -67,6 +67,7 @@ BATCHES_AHEAD = 4
 """Batches decoded, or being decoded, ahead of the encoder."""
 _ENCODED_AHEAD = 2
 """Batches encoded and not yet in their shard's buffer."""
+_LOOK_EVERY_S = 0.2
 NOT_IN_A_BATCH = (
     Status.UNDECODABLE,
     Status.TOO_LARGE,
@@ -77,14 +78,18 @@ NOT_IN_A_BATCH = (
 """Of rows that gave the encoder no pixels: their batch was that much smaller."""
 
 
+_Stored: TypeAlias = tuple[dict[str, StoredFeatures], Tensor | None, list[str | None]]
+
+
 class TaskSource(Protocol):
     """Where shards to be encoded come from."""
 
     def next(self) -> ShardTask | None:
         """The next task; None where there is none now."""
 
-    def wait(self) -> bool:
-        """Until there is a task; false where there will be none any more."""
+    def wait(self, seconds: float) -> bool:
+        """Until there is a task, or none any more, or so long. False where there will be none any
+        more."""
 
 
 class Tasks:
@@ -96,7 +101,7 @@ class Tasks:
     def next(self) -> ShardTask | None:
         return next(self._tasks, None)
 
-    def wait(self) -> bool:
+    def wait(self, seconds: float) -> bool:
         return False
 
 
@@ -202,14 +207,17 @@ class ShardEncoder:
             while len(ahead) < BATCHES_AHEAD and (coming := next(batches)):
                 ahead.append(coming)
             if not ahead:
-                # What goes wrong in the background must be told now: nobody may come again.
-                while coding:
+                # What goes wrong in the background is told while it waits: nobody may come again.
+                while coding and coding[0].done():
                     coding.popleft().result()
+                self._writer.check()
+                if tasks.wait(_LOOK_EVERY_S):
+                    continue
+                for future in coding:
+                    future.result()
                 self._writer.wait()
                 yield self._progress()
-                if not tasks.wait():
-                    return
-                continue
+                return
             coming = ahead.popleft()
             if coming.batch is None:
                 counts.done += self._mend(coming.task)
@@ -363,28 +371,43 @@ class ShardEncoder:
                 buffer.fail(batch.first + i, image.status, image.detail, image.size)
         if encoded is None:
             return len(batch.loaded)
-        with nullcontext() if self._codings is None else torch.cuda.stream(self._codings):
-            stored, pooled, reasons = self._stored(encoded)
         failed = len(batch.loaded) - len(batch.good)
-        for j, (i, reason) in enumerate(zip(batch.good, reasons, strict=True)):
-            slot, size = batch.first + i, batch.loaded[i].size
-            if reason is not None:
-                name, detail = reason.split(": ", 1)
-                buffer.fail(slot, Status[name.upper()], detail, size)
-                failed += 1
-                continue
-            features = {name: values[j : j + 1] for name, values in stored.items()}
-            vector = None if pooled is None else pooled[j]
-            buffer.set(slot, features, vector, size, encoded.grid(j))
+        place = iter(range(len(batch.good)))
+        for stored, pooled, reasons in self._coded(encoded):
+            for j, reason in enumerate(reasons):
+                at = next(place)
+                slot, size = batch.first + batch.good[at], batch.loaded[batch.good[at]].size
+                if reason is not None:
+                    name, detail = reason.split(": ", 1)
+                    buffer.fail(slot, Status[name.upper()], detail, size)
+                    failed += 1
+                    continue
+                features = {name: values[j : j + 1] for name, values in stored.items()}
+                vector = None if pooled is None else pooled[j]
+                buffer.set(slot, features, vector, size, encoded.grid(at))
         return failed
 
-    def _stored(
-        self, encoded: Encoded
-    ) -> tuple[dict[str, StoredFeatures], Tensor | None, list[str | None]]:
+    def _coded(self, encoded: Encoded) -> Iterator[_Stored]:
+        """A batch as it is stored, in one part, or in halves where the device's memory is full: the
+        next batch is being encoded meanwhile. Values do not depend on the parts."""
+        try:
+            with nullcontext() if self._codings is None else torch.cuda.stream(self._codings):
+                whole = self._stored(encoded)
+        except torch.OutOfMemoryError:
+            count = len(encoded)
+            if count == 1:
+                raise
+            torch.cuda.empty_cache()
+        else:
+            yield whole
+            return
+        yield from self._coded(encoded[: count // 2])
+        yield from self._coded(encoded[count // 2 :])
+
+    def _stored(self, encoded: Encoded) -> _Stored:
         """Each layer and the pooled outputs as they are stored, on the CPU; for each image, None
         or why it cannot be stored."""
-        count = len(next(iter(encoded.features.values())))
-        reasons: list[str | None] = [None] * count
+        reasons: list[str | None] = [None] * len(encoded)
 
         def note(wrong: list[str | None], output: str) -> None:
             for i, reason in enumerate(wrong):
@@ -409,6 +432,9 @@ class ShardEncoder:
         if self._mending is None:
             self._mending = ShardBuffer(self._spec)
         commit, _ = mend(self._root, self._mending, task, lambda: self, retry=True)
+        self._counts.failed += sum(
+            row.status not in (Status.OK, Status.UNUSED) for row in commit.rows
+        )
         self._on_commit(commit)
         return len(task.images)
 

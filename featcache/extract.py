@@ -26,17 +26,9 @@ from featcache import layout
 from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.device import num_cores
 from featcache.encoders import Encoder
-from featcache.errors import ConfigError, FeatcacheError, ManifestError, StoreError
+from featcache.errors import ConfigError, ManifestError, StoreError
 from featcache.executors import Executor, open_executor
-from featcache.executors.ranks import (
-    Rank,
-    RankExecutor,
-    Word,
-    forget,
-    listen,
-    rank_from,
-    tell,
-)
+from featcache.executors.ranks import Rank, RankExecutor, Speaker, listen, rank_from
 from featcache.files import publish, publish_json
 from featcache.fingerprint import require_same
 from featcache.index import Index, compile_index, is_current, remove_old
@@ -189,6 +181,30 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
     the disk is full or too small), FingerprintMismatch (the store was made by other means).
     """
     start = time.monotonic()
+    rank = launched_as(options)
+    require_ours(options.out)
+    if rank is None or options.dry_run:
+        result = _extract(options, rank, None, on_progress)
+    else:
+        with Speaker(options.out, rank) as speaker:
+            result = _extract(options, rank, speaker, on_progress)
+    return replace(result, seconds=time.monotonic() - start)
+
+
+def launched_as(options: ExtractOptions) -> Rank | None:
+    """Which rank of torchrun or srun this process is. Raises ConfigError for options that would
+    multiply the workers."""
+    if options.executor != "local":
+        return None  # `srun ray symmetric-run` leaves srun's variables to the driver
+    rank = rank_from(os.environ)
+    if rank is not None and options.workers not in (None, 1):
+        raise ConfigError(f"this is {rank}: the launcher starts the workers; leave out --workers")
+    return rank
+
+
+def _extract(
+    options: ExtractOptions, rank: Rank | None, speaker: Speaker | None, on_progress: OnProgress
+) -> ExtractResult:
     codec = get_codec(options.codec)
     manifest = read_manifest(options.data, options.image_root)
     keys = manifest.image_keys()[: options.limit]
@@ -196,21 +212,18 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
         raise ManifestError(f"{manifest.files[0]}: no record names an image; nothing to extract")
     # Only the keys are needed from here on; 558K records with their texts are most of a GB.
     manifest.records.clear()
-    with _executor(options) as executor:
+    worker = _worker_options(options)
+    with (
+        open_executor(options.executor, options.workers, worker)
+        if rank is None
+        else RankExecutor(worker, rank, speaker) as executor
+    ):
         encoder = executor.describe()
         try:
-            _require_ours(options.out)
             with contextlib.nullcontext() if options.dry_run else locked(options.out):
-                if isinstance(executor, RankExecutor) and not options.dry_run:
-                    forget(options.out)
-                result = _update(options, executor, encoder, codec, manifest, keys, on_progress)
+                return _update(options, executor, encoder, codec, manifest, keys, on_progress)
         except OSError as error:
             raise write_error(options.out, error) from error
-        except FeatcacheError as error:
-            if isinstance(executor, RankExecutor) and (options.out / "journal").is_dir():
-                tell(options.out, executor.rank, Word(error=str(error)))
-            raise
-    return replace(result, seconds=time.monotonic() - start)
 
 
 def assist(
@@ -225,9 +238,10 @@ def assist(
     Raises as `extract`, and StoreError where rank 0 gave up.
     """
     out = options.out
-    with RankExecutor(_worker_options(options, rank.local_world), rank) as executor:
-        word = listen(out, rank, on_wait)
+    require_ours(out)
+    with RankExecutor(_worker_options(options), rank) as executor:
         try:
+            word = listen(out, rank, on_wait)
             info = StoreInfo.load(out)
             ours = executor.describe().fingerprint
             require_same(
@@ -241,27 +255,15 @@ def assist(
             tasks = _tasks(out, info, journal, journal.plans, journal.pending, word.image_root)
             total = sum(tasks.images)
             work = WorkProgress()
-            for work in executor.run(tasks):
-                on_progress(ExtractProgress("encode", work.done, total, work))
+            with contextlib.closing(executor.run(tasks)) as running:
+                for work in running:
+                    on_progress(ExtractProgress("encode", work.done, total, work))
         except OSError as error:
             raise write_error(out, error) from error
     return work
 
 
-def _executor(options: ExtractOptions) -> Executor:
-    if (rank := rank_from(os.environ)) is not None:
-        if options.executor != "local" or options.workers not in (None, 1):
-            raise ConfigError(
-                f"this is {rank}: the launcher starts the workers; leave out --executor and "
-                "--workers"
-            )
-        return RankExecutor(_worker_options(options, rank.local_world), rank)
-    workers = options.workers or 1
-    return open_executor(options.executor, options.workers, _worker_options(options, workers))
-
-
-def _worker_options(options: ExtractOptions, workers: int) -> WorkerOptions:
-    """workers: that share this machine."""
+def _worker_options(options: ExtractOptions) -> WorkerOptions:
     return WorkerOptions(
         out=options.out,
         model=options.model,
@@ -271,7 +273,7 @@ def _worker_options(options: ExtractOptions, workers: int) -> WorkerOptions:
         fit=options.fit,
         compile=options.compile,
         load=options.load,
-        decode_threads=options.decode_threads or max(1, num_cores() // workers),
+        decode_threads=options.decode_threads,
     )
 
 
@@ -329,18 +331,19 @@ def _update(
     else:
         prepare_store(out, info, codec, plans, plan)
         on_progress(ExtractProgress("encode", 0, new, preflight=preflight))
-        if pending:
-            if codec.scaled:
-                _calibrate(out, info, executor, root)
-            if isinstance(executor, RankExecutor):
-                tell(out, executor.rank, Word(plans[-1].generation, root))
-            began = time.monotonic()
-            for work in executor.run(tasks):
-                on_progress(ExtractProgress("encode", work.done, new, work))
-            encoding_s = time.monotonic() - began
-        elif isinstance(executor, RankExecutor):
-            tell(out, executor.rank, Word(plans[-1].generation if plans else 0, root))
-        journal = Journal.load(out) if plan or pending else journal
+        if pending and codec.scaled:
+            _calibrate(out, info, executor, root)
+        if isinstance(executor, RankExecutor) and executor.speaker is not None:
+            executor.speaker.ready(plans[-1].generation if plans else 0, root)
+        began = time.monotonic()
+        while tasks:
+            # In one go; again where a rank that was lost took a shard's record with it.
+            with contextlib.closing(executor.run(tasks)) as running:
+                for work in running:
+                    on_progress(ExtractProgress("encode", work.done, new, work))
+            journal = Journal.load(out, info.generation)
+            tasks = _tasks(out, info, journal, plans, journal.pending, root)
+        encoding_s = time.monotonic() - began if pending else 0.0
         if plan or pending or not is_current(out, info, journal):
             compile_index(out, info, journal)
         remove_old(out, info)
@@ -392,7 +395,7 @@ def _tasks(
     return PendingTasks(pending, sources, records, journal.recorded)
 
 
-def _require_ours(out: StorePath) -> None:
+def require_ours(out: StorePath) -> None:
     """Raises StoreError where `out` is something else than a store, whole or begun."""
     if not out.exists():
         return
@@ -400,7 +403,8 @@ def _require_ours(out: StorePath) -> None:
         raise StoreError(f"{out} is a file; choose another --out")
     if (out / "zarr.json").exists() and not (out / "journal").exists():
         StoreInfo.load(out)  # another Zarr group, perhaps: no lock is put into it
-    ours = (out / "zarr.json").exists() or (out / "journal" / "lock").exists()
+    begun = (out / "zarr.json").exists() or (out / "journal" / "lock").exists()
+    ours = begun or (out / layout.JOBS).is_dir()
     if not ours and any(out.iterdir()):
         raise StoreError(f"{out} exists and is no feature store; choose another --out or remove it")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,10 +52,11 @@ def publish(path: StorePath, parts: Iterable[bytes | memoryview | int]) -> Seal:
     while not unsynced[-1].exists():
         unsynced.append(unsynced[-1].parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")
+    # Two workers may write the same shard, on machines where they have the same pid.
+    partial = path.with_name(f"{PARTIAL}{path.name}-{secrets.token_hex(8)}")
     try:
         checksum = xxhash.xxh3_64()
-        with partial.open("wb", buffering=0) as file:
+        with partial.open("xb", buffering=0) as file:
             for part in parts:
                 if isinstance(part, int):
                     _skip(checksum, part)
@@ -209,7 +211,7 @@ def seal_of(*paths: Path) -> Seal:
 def sweep(root: Path) -> int:
     """Remove what killed writers left below `root`; returns how many files that were.
 
-    Only for the holder of the store's lock: a live writer's partial file would go too.
+    Only where nobody is writing: a live writer's partial file would go too.
     """
     partials = list(root.rglob(f"{PARTIAL}*"))
     for partial in partials:

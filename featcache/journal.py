@@ -382,8 +382,33 @@ def locked(root: StorePath) -> Iterator[None]:
                 f"another process is writing {root}, or verifying it; wait for it, or stop it and "
                 "run again"
             ) from None
-        sweep(root)
+        with _writers(root, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+            if alone:
+                sweep(root)
         yield
+
+
+@contextmanager
+def writing(root: StorePath) -> Iterator[None]:
+    """Held by who writes shards: a rank may still do so when the process that held the lock is
+    gone, and what it is about to publish must not be swept. Raises OSError."""
+    if isinstance(root, ObjectPath):
+        yield
+        return
+    with _writers(root, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _writers(root: Path, operation: int) -> Iterator[bool]:
+    """Whether the lock of those who write was to be had."""
+    with (root / layout.WRITERS).open("w") as lock:
+        try:
+            fcntl.flock(lock, operation)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def num_rows(plans: Sequence[Plan]) -> int:

@@ -278,6 +278,8 @@ def pooled_path(shard: int) -> str:
     return f"pooled/c/{shard}/0"
 
 
+WRITERS = "journal/writers"
+"""Locked by those who write shards."""
 JOBS = "journal/jobs/"
 """Below it, what ranks of a job tell each other; of no use when the job has ended."""
 

@@ -56,7 +56,8 @@ class PendingTasks:
     ) -> None:
         """recorded: shards that have a commit record, if a damaged one."""
         self._pending = pending
-        self._sources, self._records, self._recorded = sources, records, recorded
+        self._sources, self._records = sources, records
+        self.recorded = recorded
 
     @property
     def shards(self) -> list[int]:
@@ -73,7 +74,7 @@ class PendingTasks:
 
     def __getitem__(self, number: int) -> ShardTask:
         plan, shard = self._pending[number]
-        known = shard in self._recorded or self._records.indexed(plan)
+        known = shard in self.recorded or self._records.indexed(plan)
         was = self._records.of(plan, shard) if known else None
         return task_of(self._sources, plan, shard, was)
 

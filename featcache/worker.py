@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from featcache.codecs import get_codec
+from featcache.device import num_cores
 from featcache.encode import EncodeProgress, ShardEncoder, TaskSource, calibrate
 from featcache.encoders import Encoder, load_encoder
 from featcache.fingerprint import fingerprint
-from featcache.journal import Commit, Journal
+from featcache.journal import Commit, Journal, writing
 from featcache.layout import Status, StoreInfo
 from featcache.object_path import StorePath
 from featcache.probe import Speed, probe_speed
@@ -34,9 +35,9 @@ class WorkerOptions:
     """How a worker works; can be sent to another process.
 
     out: the store. model, layers, device, random_weights, fit, compile: see `load_encoder`.
-    decode_threads: that decode images. compute_threads: of torch on the CPU; None leaves them as
-    they are. load, make: what
-    makes the encoder and the worker, in their place for benchmarks.
+    decode_threads: that decode images; None takes as many as the worker has cores. compute_threads:
+    of torch on the CPU; None leaves them as they are. load, make: what makes the encoder and the
+    worker, in their place for benchmarks.
     """
 
     out: StorePath
@@ -46,7 +47,7 @@ class WorkerOptions:
     random_weights: bool = False
     fit: str = "checkpoint"
     compile: bool = False
-    decode_threads: int = 1
+    decode_threads: int | None = None
     compute_threads: int | None = None
     load: Callable[..., Encoder] | None = None
     make: Callable[[WorkerOptions], Worker] | None = None
@@ -109,6 +110,7 @@ class Worker:
         if options.compute_threads is not None:
             torch.set_num_threads(options.compute_threads)
         self.options = options
+        self.decode_threads = options.decode_threads or num_cores()
         self.encoder = (options.load or load_encoder)(
             options.model,
             layers=options.layers,
@@ -131,7 +133,7 @@ class Worker:
 
     def probe(self, images: Sequence[ImageRef], batch_size: int) -> Speed | None:
         """`probe_speed` on these images."""
-        return probe_speed(self.encoder, images, batch_size, self.options.decode_threads)
+        return probe_speed(self.encoder, images, batch_size, self.decode_threads)
 
     def calibrate(self, image_root: str) -> dict[str, np.ndarray[Any, Any]]:
         """{layer: float32[2, D]}: the channel values of the store's codec, measured on the images
@@ -140,13 +142,13 @@ class Worker:
         plans = Journal.load_plans(self.options.out, info.generation)
         sources = Sources(plans, image_root)
         measured = calibrate(
-            self.encoder, get_codec(info.codec), plans, sources, self.options.decode_threads
+            self.encoder, get_codec(info.codec), plans, sources, self.decode_threads
         )
         return {layer: values.numpy() for layer, values in measured.items()}
 
     def run(
         self, tasks: TaskSource, on_commit: Callable[[ShardDone], None] = lambda _: None
-    ) -> Iterator[WorkProgress]:
+    ) -> Generator[WorkProgress, None, None]:
         """Encode and commit the tasks' shards; yields after each batch, and at the end.
 
         on_commit: called on another thread.
@@ -163,8 +165,11 @@ class Worker:
 
         root = self.options.out
         spec = shard_spec(root, StoreInfo.load(root))
-        threads = self.options.decode_threads
-        with ShardEncoder(root, self.encoder, spec, threads, told) as work:
+        threads = self.decode_threads
+        with (
+            writing(root),
+            ShardEncoder(root, self.encoder, spec, threads, told) as work,
+        ):
             for progress in work.run(tasks):
                 yield self._progress(progress)
 

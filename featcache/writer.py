@@ -192,15 +192,15 @@ class ShardBuffer:
         """
         start = time.perf_counter()
         try:
-            if (there := Commit.load(root, self.shard)) is not None:
-                return there  # another worker was quicker; its record must not go for a moment
             # A record left from before, whose files were damaged, must not vouch for the new ones.
+            # One that was not there is never removed: it is another worker's, who was quicker.
             record = root / layout.commit_path(self.shard)
-            if isinstance(record, ObjectPath):
+            if record.exists():
+                if (there := Commit.load(root, self.shard)) is not None:
+                    return there
                 record.unlink(missing_ok=True)
-            elif record.exists():
-                record.unlink()
-                sync(record.parent)
+                if not isinstance(record, ObjectPath):
+                    sync(record.parent)
             files = self._write(root, {})
             self.seconds["write"] = time.perf_counter() - start
             commit = Commit(self.shard, self.rows, files, self.seconds, versions())

@@ -131,9 +131,16 @@ def _forward(plan: ExtractPlan) -> float:
         [sys.executable, "-m", "align.bench.extract", json.dumps(
             [plan.model, plan.device, plan.batch_size, plan.images, plan.compile]
         )],
-        cwd=results.ROOT, stdout=subprocess.PIPE, check=True, text=True,
+        cwd=results.ROOT, capture_output=True, text=True,
     )  # fmt: skip
+    if done.returncode:
+        raise StoreError(f"the encoder {plan.model} alone failed: {_last_line(done)}")
     return float(done.stdout)
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
 
 
 def _extract(
@@ -150,7 +157,7 @@ def _extract(
         argv = ["taskset", "--cpu-list", listed, *argv]
     done = subprocess.run(argv, cwd=results.ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise StoreError(f"{' '.join(argv)} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise StoreError(f"{' '.join(argv)} failed: {_last_line(done)}")
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return document
 

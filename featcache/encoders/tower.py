@@ -40,6 +40,16 @@ class Encoded:
     pooled: Tensor | None
     grids: Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(next(iter(self.features.values())))
+
+    def __getitem__(self, images: slice) -> Encoded:
+        return Encoded(
+            {name: values[images] for name, values in self.features.items()},
+            None if self.pooled is None else self.pooled[images],
+            None if self.grids is None else self.grids[images],
+        )
+
     def grid(self, i: int) -> tuple[int, int] | None:
         """Of image i, where they vary."""
         if self.grids is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from featcache.probe import Speed
 from featcache.sources import ImageRef
-from featcache.tasks import ShardTask
+from featcache.tasks import PendingTasks
 from featcache.worker import EncoderInfo, ShardDone, WorkProgress
 
 SHARDS_AHEAD = 3
@@ -32,7 +32,7 @@ class Executor(ABC):
         worker is lost."""
 
     @abstractmethod
-    def run(self, tasks: Iterable[ShardTask]) -> Iterator[WorkProgress]:
+    def run(self, tasks: PendingTasks) -> Generator[WorkProgress, None, None]:
         """Have each task's shard committed; yields what has been done so far, at least at the end.
 
         tasks: is gone through as workers become free. Raises FeatcacheError as `Worker.run`, and

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator
 from typing import Any
 
 from featcache.encode import Tasks
 from featcache.executors.base import Executor
-from featcache.tasks import ShardTask
+from featcache.tasks import PendingTasks
 from featcache.worker import WorkerOptions, WorkProgress
 
 
@@ -22,7 +22,7 @@ class InlineExecutor(Executor):
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._worker, method)(*arguments)
 
-    def run(self, tasks: Iterable[ShardTask]) -> Iterator[WorkProgress]:
+    def run(self, tasks: PendingTasks) -> Generator[WorkProgress, None, None]:
         return self._worker.run(Tasks(tasks))
 
     def close(self) -> None:

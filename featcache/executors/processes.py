@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -31,12 +31,14 @@ from featcache.device import num_cores
 from featcache.errors import FeatcacheError, StoreError
 from featcache.executors.base import SHARDS_AHEAD, Executor, Tally
 from featcache.executors.queued import QueuedTasks
-from featcache.tasks import ShardTask
+from featcache.tasks import PendingTasks, ShardTask
 from featcache.worker import ShardDone, WorkerOptions, WorkProgress
 
 DEATHS_WITHOUT_A_SHARD = 5
 """More workers than that, and than there are, may not die without a shard being committed."""
-_GONE = (EOFError, ConnectionResetError, BrokenPipeError, pickle.UnpicklingError)
+DEATHS_WITH_ONE_SHARD = 5
+"""So many workers may die while they are at the same shard."""
+_GONE = (EOFError, OSError, pickle.UnpicklingError)
 """What a connection raises whose other end died, perhaps in the middle of a message."""
 _REPORT_EVERY_S = 0.2
 _LOOK_EVERY_S = 1.0
@@ -131,6 +133,7 @@ class ProcessExecutor(Executor):
         self._processes: list[_Process] = []
         self._tally = Tally()
         self._deaths = 0  # since the last shard was committed
+        self._deaths_at: dict[int, int] = {}
         try:
             for number in range(workers):
                 self._processes.append(self._start(number))
@@ -151,7 +154,7 @@ class ProcessExecutor(Executor):
                 raise value
             return value
 
-    def run(self, tasks: Iterable[ShardTask]) -> Iterator[WorkProgress]:
+    def run(self, tasks: PendingTasks) -> Generator[WorkProgress, None, None]:
         waiting: deque[ShardTask] = deque()
         source = iter(tasks)
         exhausted = False
@@ -196,10 +199,12 @@ class ProcessExecutor(Executor):
         device = self._options.device
         if device in ("auto", "cuda") and (gpus := torch.cuda.device_count()):
             device = f"cuda:{number % gpus}"
+        share = max(1, num_cores() // self.workers)
         options = replace(
             self._options,
             device=device,
-            compute_threads=max(1, num_cores() // self.workers),
+            decode_threads=self._options.decode_threads or share,
+            compute_threads=share,
         )
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
@@ -208,6 +213,20 @@ class ProcessExecutor(Executor):
         process.start()
         theirs.close()  # so that its end shows here
         return _Process(number, process, ours)
+
+    def _blame(self, process: _Process, code: int | None) -> None:
+        """Raises StoreError where one shard has cost too many workers: something in it crashes
+        them."""
+        task = next(iter(process.tasks.values()), None)  # the one that it was at
+        if task is None:
+            return
+        deaths = self._deaths_at[task.shard] = self._deaths_at.get(task.shard, 0) + 1
+        if deaths >= DEATHS_WITH_ONE_SHARD:
+            raise StoreError(
+                f"{deaths} workers died at shard {task.shard}, the last of {_cause(code)}; one of "
+                f"its {len(task.images)} images, the first of them {task.images[0].refs[0]}, may "
+                "crash the decoder: leave it out of the data; every committed shard is safe"
+            )
 
     def _heard_from(self) -> list[_Process]:
         ready = wait([process.connection for process in self._processes], _LOOK_EVERY_S)
@@ -237,10 +256,12 @@ class ProcessExecutor(Executor):
 
     def _replace(self, process: _Process) -> _Process:
         """Another one for one that died. Raises StoreError where that happens again and again."""
+        process.process.kill()
         process.process.join()
         code = process.process.exitcode
         self._tally.lose(process.number)
         self._deaths += 1
+        self._blame(process, code)
         if self._deaths > max(DEATHS_WITHOUT_A_SHARD, self.workers):
             raise StoreError(
                 f"{self._deaths} workers in a row died without finishing a shard, the last of "

@@ -25,20 +25,20 @@ class QueuedTasks:
 
     def next(self) -> ShardTask | None:
         if self._held is None:
-            self._take(block=False)
+            self._take(0.0)
         task, self._held = self._held, None
         return task
 
-    def wait(self) -> bool:
+    def wait(self, seconds: float) -> bool:
         if self._held is None:
-            self._take(block=True)
-        return self._held is not None
+            self._take(seconds)
+        return not self._ended
 
-    def _take(self, block: bool) -> None:
+    def _take(self, seconds: float) -> None:
         if self._ended:
             return
         try:
-            self._held = self._queue.get(block=block)
+            self._held = self._queue.get(block=seconds > 0, timeout=seconds or None)
         except queue.Empty:
             return
         self._ended = self._held is None

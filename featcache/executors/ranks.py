@@ -12,11 +12,14 @@ Files, below the store's journal: `jobs/<job>.json`, rank 0's word; nothing else
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Self
 
 from featcache import layout
 from featcache.device import num_cores
@@ -29,8 +32,13 @@ from featcache.object_path import StorePath
 from featcache.tasks import PendingTasks, ShardTask
 from featcache.worker import ShardDone, WorkerOptions, WorkProgress
 
+BEAT_EVERY_S = 10.0
+SILENCE_S = 180.0
+"""Of rank 0, after which the others give up."""
+FIRST_WORD_S = 1800.0
+"""How long the others wait for rank 0 to be there at all."""
 _LOOK_EVERY_S = 5.0
-"""How often the others' commit records are counted, for the progress."""
+"""How often the others' commit records are listed, at most."""
 _ASK_EVERY_S = 0.5
 """How often rank 0's word is looked for."""
 
@@ -94,14 +102,60 @@ def _name(launcher: str, parts: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """What rank 0 tells the others: that the store is ready to be filled, or why it will not be.
+    """What rank 0 tells the others: that it is planning, that the store is ready to be filled, or
+    why it will not be.
 
-    generation: of the last plan. image_root: of now.
+    ready: whether it is. generation: of the last plan. image_root: of now. beat: counts while it is
+    planning, so that the others see that it is alive.
     """
 
+    ready: bool = False
     generation: int = 0
     image_root: str = ""
     error: str = ""
+    beat: int = 0
+
+
+class Speaker:
+    """Rank 0's voice. Use as a context manager around all that rank 0 does: it says every
+    `BEAT_EVERY_S` that it is alive, until it is ready or has failed."""
+
+    def __init__(self, root: StorePath, rank: Rank) -> None:
+        self._root, self._rank = root, rank
+        self._spoken = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="featcache-rank0", daemon=True)
+
+    def ready(self, generation: int, image_root: str) -> None:
+        """Raises OSError."""
+        self._hush()
+        tell(self._root, self._rank, Word(True, generation, image_root))
+
+    def __enter__(self) -> Self:
+        # In the place of what an earlier job of this name said.
+        tell(self._root, self._rank, Word())
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        was_spoken = self._spoken.is_set()
+        self._hush()
+        if error is not None and not was_spoken:
+            # What went wrong is told here whether or not the others can be told.
+            with contextlib.suppress(OSError):
+                tell(self._root, self._rank, Word(error=str(error) or type(error).__name__))
+
+    def _hush(self) -> None:
+        self._spoken.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._spoken.wait(BEAT_EVERY_S):
+            beat += 1
+            with contextlib.suppress(OSError):  # the next one, then
+                tell(self._root, self._rank, Word(beat=beat))
 
 
 def tell(root: StorePath, rank: Rank, word: Word) -> None:
@@ -109,64 +163,111 @@ def tell(root: StorePath, rank: Rank, word: Word) -> None:
     publish_json(_path(root, rank), asdict(word))
 
 
-def forget(root: StorePath) -> None:
-    """Remove what earlier jobs, or an earlier one of the same name, said."""
-    for path in (root / layout.JOBS).glob("*"):
-        path.unlink(missing_ok=True)
-
-
 def listen(root: StorePath, rank: Rank, on_wait: Callable[[], None]) -> Word:
-    """Wait for rank 0's word; calls `on_wait` while there is none. Raises StoreError where it is
-    an error."""
+    """Wait until rank 0 is ready; calls `on_wait` meanwhile.
+
+    Raises StoreError where rank 0 failed, or is not heard of any more; OSError.
+    """
     path = _path(root, rank)
+    heard = -1
+    since = time.monotonic()
     while True:
-        try:
+        word = None
+        with contextlib.suppress(FileNotFoundError):
             word = Word(**read_json(path))
-        except FileNotFoundError:
-            on_wait()
-            time.sleep(_ASK_EVERY_S)
-            continue
-        if word.error:
+        if word is not None and word.error:
             raise StoreError(f"rank 0 stopped: {word.error}")
-        return word
+        if word is not None and word.ready:
+            return word
+        if word is not None and word.beat != heard:
+            heard, since = word.beat, time.monotonic()
+        patience_s = FIRST_WORD_S if word is None else SILENCE_S
+        if time.monotonic() - since > patience_s:
+            raise StoreError(
+                f"{rank} has not heard of rank 0 for {patience_s / 60:.0f} minutes ({path}); see "
+                "what became of it, and run the same command again"
+            )
+        on_wait()
+        time.sleep(_ASK_EVERY_S)
 
 
 def _path(root: StorePath, rank: Rank) -> StorePath:
     return root / layout.JOBS / f"{rank.job}.json"
 
 
-class RankExecutor(InlineExecutor):
-    """The worker of one rank. Its `run` ends when all shards are committed, by whichever rank."""
+class _Committed:
+    """The shards that have a commit record, by a listing now and then on a thread of its own: of a
+    hundred thousand in a bucket it takes seconds, in which the encoder should not wait.
 
-    def __init__(self, options: WorkerOptions, rank: Rank) -> None:
+    Use as a context manager.
+    """
+
+    def __init__(self, root: StorePath) -> None:
+        self._root = root
+        self.shards: frozenset[int] = frozenset()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="featcache-ranks", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        pause_s = 0.0
+        while not self._closed.wait(pause_s):
+            began = time.monotonic()
+            with contextlib.suppress(OSError):  # the worker itself says what is wrong
+                self.shards = recorded_shards(self._root)
+            pause_s = max(_LOOK_EVERY_S, 20 * (time.monotonic() - began))
+
+
+class RankExecutor(InlineExecutor):
+    """The worker of one rank. Its `run` ends when all shards are committed, by whichever rank.
+
+    speaker: of rank 0.
+    """
+
+    def __init__(self, options: WorkerOptions, rank: Rank, speaker: Speaker | None = None) -> None:
         """Raises as `Worker`."""
-        self.rank = rank
+        self.rank, self.speaker = rank, speaker
         self.workers = rank.world
         super().__init__(of_rank(options, rank))
 
-    def run(self, tasks: PendingTasks) -> Iterator[WorkProgress]:  # type: ignore[override]
-        root, shards, images = self._worker.options.out, tasks.shards, tasks.images
-        others = dict(zip(shards, images, strict=True))
-        looked, of_others = time.monotonic(), 0
-        progress = WorkProgress()
+    def run(self, tasks: PendingTasks) -> Generator[WorkProgress, None, None]:
+        root, shards = self._worker.options.out, tasks.shards
+        others = dict(zip(shards, tasks.images, strict=True))
+        damaged = tasks.recorded  # their records were there before anyone began
 
-        def left() -> Iterator[ShardTask]:
+        def left(committed: _Committed) -> Iterator[ShardTask]:
             for number in _order(shards, self.rank):
-                if not _is_committed(root, shards[number]):
+                shard = shards[number]
+                if shard in damaged:
+                    done = Commit.load(root, shard) is not None
+                else:
+                    # Nobody else takes a rank's own shards before it is done with all of its own.
+                    is_own = shard % self.rank.world == self.rank.index
+                    done = shard in committed.shards or (
+                        not is_own and (root / layout.commit_path(shard)).exists()
+                    )
+                if not done:
                     yield tasks[number]
 
-        def committed(done: ShardDone) -> None:
+        def is_done(done: ShardDone) -> None:
             others.pop(done.shard, None)
 
-        for progress in self._worker.run(Tasks(left()), committed):
-            if time.monotonic() - looked >= _LOOK_EVERY_S:
-                looked = time.monotonic()
-                of_others = _sum_of(others, root)
-            yield self._told(progress, of_others)
-        yield self._told(progress, _sum_of(others, root))
-
-    def _told(self, progress: WorkProgress, of_others: int) -> WorkProgress:
-        return replace(progress, done=progress.done + of_others)
+        progress, seen, of_others = WorkProgress(), frozenset[int](), 0
+        with _Committed(root) as committed:
+            for progress in self._worker.run(Tasks(left(committed)), is_done):
+                if committed.shards is not seen:
+                    seen = committed.shards
+                    of_others = sum(others.get(shard, 0) for shard in seen - damaged)
+                done = min(progress.own + of_others, sum(tasks.images))
+                yield replace(progress, done=done)
+        yield replace(progress, done=sum(tasks.images))
 
 
 def of_rank(options: WorkerOptions, rank: Rank) -> WorkerOptions:
@@ -180,7 +281,7 @@ def of_rank(options: WorkerOptions, rank: Rank) -> WorkerOptions:
     return replace(
         options,
         device=device,
-        decode_threads=min(options.decode_threads, share),
+        decode_threads=options.decode_threads or share,
         compute_threads=share,
     )
 
@@ -195,12 +296,3 @@ def _order(shards: list[int], rank: Rank) -> list[int]:
     for step in range(1, rank.world):
         found += reversed(of_rank[(rank.index + step) % rank.world])
     return found
-
-
-def _is_committed(root: StorePath, shard: int) -> bool:
-    return Commit.load(root, shard) is not None
-
-
-def _sum_of(images: Mapping[int, int], root: StorePath) -> int:
-    """The images of those of these shards that have a commit record."""
-    return sum(images.get(shard, 0) for shard in recorded_shards(root))

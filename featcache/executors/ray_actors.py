@@ -14,9 +14,10 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +25,7 @@ from featcache.device import num_cores
 from featcache.errors import ConfigError, FeatcacheError, StoreError
 from featcache.executors.base import SHARDS_AHEAD, Executor, Tally
 from featcache.executors.queued import QueuedTasks
-from featcache.tasks import ShardTask
+from featcache.tasks import PendingTasks, ShardTask
 from featcache.worker import ShardDone, Worker, WorkerOptions, WorkProgress
 
 RESTARTS = 100
@@ -72,8 +73,10 @@ class _Actor:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, args=(worker,), daemon=True)
                 self._thread.start()
-            done = self._under_way[task.shard] = Future()
-        self._tasks.put(task)
+            is_new = task.shard not in self._under_way
+            done = self._under_way.setdefault(task.shard, Future())
+        if is_new:
+            self._tasks.put(task)
         return done.result()
 
     def _run(self, worker: Worker) -> None:
@@ -107,8 +110,8 @@ class RayExecutor(Executor):
     """Actors in the cluster that `RAY_ADDRESS` names, or that runs on this machine; where there is
     none, in a Ray of this machine's own, which ends with the run.
 
-    Each asks for `decode_threads` CPUs, and for one GPU where the cluster has any and the device is
-    not "cpu".
+    Each asks for `decode_threads` CPUs (its share of the cluster's, at most a node's, where None),
+    and for one GPU where the cluster has any and the device is not "cpu".
     """
 
     def __init__(self, options: WorkerOptions, workers: int | None) -> None:
@@ -126,9 +129,15 @@ class RayExecutor(Executor):
         except ConfigError:
             self._ray.shutdown()
             raise
-        threads = max(1, min(options.decode_threads, cpus // self.workers))
+        threads = max(1, min(cpus // self.workers, self._node_cpus(gpus > 0)))
+        threads = min(options.decode_threads or threads, threads)
+        # An actor's working directory is that of its node's Ray.
         options = replace(
             options,
+            out=options.out.absolute() if isinstance(options.out, Path) else options.out,
+            model=str(Path(options.model).absolute())
+            if Path(options.model).is_dir()
+            else options.model,
             device="cuda" if gpus else "cpu",
             decode_threads=threads,
             compute_threads=None if gpus else threads,
@@ -144,9 +153,14 @@ class RayExecutor(Executor):
         self._tally = Tally()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return self._get(self._actors[0].handle.call.remote(method, arguments))
+        try:
+            return self._get(self._actors[0].handle.call.remote(method, arguments))
+        except self._ray.exceptions.RayTaskError:
+            raise
+        except self._ray.exceptions.RayError as error:
+            raise _lost(error) from None
 
-    def run(self, tasks: Iterable[ShardTask]) -> Iterator[WorkProgress]:
+    def run(self, tasks: PendingTasks) -> Generator[WorkProgress, None, None]:
         again: deque[ShardTask] = deque()
         source = iter(tasks)
         unfinished: dict[int, ShardTask] = {}
@@ -167,7 +181,9 @@ class RayExecutor(Executor):
                 task = actor.holds.pop(call)
                 try:
                     done = self._get(call)
-                except self._ray.exceptions.RayActorError as error:
+                except self._ray.exceptions.RayTaskError:
+                    raise
+                except self._ray.exceptions.RayError as error:
                     again.extend(self._lose(actor, task, unfinished, error))
                     break  # its other calls are gone too
                 if unfinished.pop(task.shard, None) is not None:
@@ -185,16 +201,22 @@ class RayExecutor(Executor):
 
     def _require(self, device: str, gpus: int, cpus: int) -> None:
         """Raises ConfigError for what the cluster will never have: Ray would wait for it."""
-        if device.startswith("cuda") and self.workers > gpus:
+        if self.workers > gpus and (gpus or device.startswith("cuda")):
             raise ConfigError(
                 f"--workers {self.workers} on {device}: the Ray cluster has {gpus} GPUs; start "
-                "Ray on more nodes, or take fewer workers"
+                "Ray on more nodes, take fewer workers, or --device cpu"
             )
         if self.workers > cpus:
             raise ConfigError(
                 f"--workers {self.workers}: the Ray cluster has {cpus} CPUs; start Ray on more "
                 "nodes, or take fewer workers"
             )
+
+    def _node_cpus(self, on_gpus: bool) -> int:
+        """Of the smallest node that an actor may be put on."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        cpus = [int(node.get("CPU", 0)) for node in nodes if not on_gpus or node.get("GPU")]
+        return min((count for count in cpus if count), default=1)
 
     def _answered(self, timeout_s: float, *, every: bool = False) -> list[tuple[_Remote, Any]]:
         """Calls that have ended, and whose they are. every: wait for all of them."""
@@ -232,12 +254,16 @@ class RayExecutor(Executor):
         self._actors.remove(actor)
         self._tally.lose(actor.number)
         if not self._actors:
-            reason = " ".join(str(error).split())[:300]
-            raise StoreError(
-                f"the last Ray actor is gone ({reason}); every committed shard is safe: run the "
-                "same command again"
-            )
+            raise _lost(error)
         return [left for left in (task, *actor.holds.values()) if left.shard in unfinished]
+
+
+def _lost(error: Exception) -> StoreError:
+    reason = " ".join(str(error).split())[:300]
+    return StoreError(
+        f"the last Ray actor is gone ({reason}); every committed shard is safe: run the same "
+        "command again"
+    )
 
 
 def _late(actor: _Remote, unfinished: dict[int, ShardTask], doubled: set[int]) -> ShardTask | None:
@@ -267,11 +293,11 @@ def _connected() -> ModuleType:
             _require_reachable(address)
         ray.init(address=address or "auto", **quiet)
     except (OSError, ValueError, RuntimeError) as error:
-        if address:
+        if address or not isinstance(error, ConnectionError):
             reason = " ".join(str(error).split())
             raise ConfigError(
-                f"RAY_ADDRESS={address}: no Ray cluster is reached there ({reason}); start one "
-                "with `ray start --head`, or unset RAY_ADDRESS"
+                f"RAY_ADDRESS={address or 'auto'}: no Ray cluster is reached there ({reason}); "
+                "start one with `ray start --head`, or unset RAY_ADDRESS"
             ) from None
         ray.init(
             address="local",

@@ -44,7 +44,7 @@ def check_index(found: Inspection, info: StoreInfo) -> None:
 def note_leftovers(found: Inspection, info: StoreInfo) -> None:
     """Files that are no part of the store: nothing reads them."""
     root = found.root
-    known = {"zarr.json", copy_path("zarr.json"), "journal/lock"}
+    known = {"zarr.json", copy_path("zarr.json"), "journal/lock", layout.WRITERS}
     codec = get_codec(info.codec)
     known |= set(metadata(info, codec, num_rows(found.plans)))
     if codec.scaled:

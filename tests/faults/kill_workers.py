@@ -4,6 +4,10 @@ program itself as well, and compare every byte with one worker's undisturbed run
     python tests/faults/kill_workers.py --executor local --workers 8 --kills 20
     python tests/faults/kill_workers.py --executor ray --workers 4 --kills 10
     python tests/faults/kill_workers.py --executor ranks --workers 4 --kills 10
+    python tests/faults/kill_workers.py --bucket --workers 8 --kills 20
+
+--bucket: the store is in an S3 server on this machine, behind a proxy that refuses, cuts or loses
+one request in twenty.
 
 What is killed: processes of `--executor local`; Ray's actors; ranks as srun starts them, which
 nobody starts again. Each victim is the real command. Where it ends, or is killed, before there were
@@ -15,16 +19,21 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from featcache.files import remove_tree
+from featcache.object_path import parse_location
 from tests.support import feature_files, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,10 +88,9 @@ class Job:
             for index in range(workers):
                 slurm = {
                     "SLURM_PROCID": str(index), "SLURM_STEP_NUM_TASKS": str(workers),
-                    "SLURM_LOCALID": str(index), "SLURM_JOB_ID": str(time.time_ns()),
+                    "SLURM_LOCALID": str(index), "SLURM_JOB_ID": env["JOB"],
                     "SLURM_STEP_ID": "0",
                 }  # fmt: skip
-                slurm["SLURM_JOB_ID"] = env["JOB"]
                 self.ranks.append(self._start(argv, environment | slurm))
             self.driver = self.ranks[0]
         else:
@@ -186,6 +194,55 @@ def run(
     return counts | {"files_compared": len(found)}
 
 
+@contextmanager
+def bucket(folder: Path, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """What `run` must know to write into an S3 server behind a proxy that fails now and then."""
+    from tests.support_s3 import Fault, Proxy, Request, S3Server
+
+    chance = random.Random(seed)
+    faults = [Fault("refuse"), Fault("refuse", 500), Fault("lose"), Fault("cut")]
+
+    def sometimes(_: Request) -> Fault | None:
+        return chance.choice(faults) if chance.random() < 0.05 else None
+
+    server = S3Server()
+    proxy = Proxy(server)
+    proxy.start()
+    before = dict(os.environ)
+    os.environ |= {
+        "AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": "tester",
+        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
+        "FEATCACHE_CACHE_DIR": str(folder / "tier"),
+    }  # fmt: skip
+
+    def names(out: str) -> list[str]:
+        return [name for name, _ in parse_location(out).listing()]
+
+    def files_of(out: str) -> dict[str, bytes]:
+        wanted = re.compile(r"(features|scales|channels|pooled)/.*c/[0-9/]+")
+        store = parse_location(out)
+        return {name: (store / name).read_bytes() for name in names(out) if wanted.fullmatch(name)}
+
+    def commits_of(out: str) -> int:
+        return sum("journal/commit-" in name for name in names(out))
+
+    try:
+        server.make_bucket("bucket")
+        with proxy.failing(sometimes):
+            yield {
+                "out": "s3://bucket/killed.zarr",
+                "files_of": files_of,
+                "commits_of": commits_of,
+                "clear": lambda out: remove_tree(parse_location(out)),
+            }
+        assert proxy.faults
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        proxy.stop()
+        server.stop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--executor", choices=["local", "ranks", "ray"], default="local")
@@ -195,11 +252,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="tiny", help="encoder name or folder")
     parser.add_argument("--codec", default="fp16")
+    parser.add_argument("--bucket", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        bucket(Path(folder)) if arguments.bucket else nullcontext({}) as where,
+    ):
         counts = run(
             arguments.executor, arguments.workers, arguments.kills, arguments.images, Path(folder),
-            seed=arguments.seed, model=arguments.model, codec=arguments.codec,
+            seed=arguments.seed, model=arguments.model, codec=arguments.codec, **where,
         )  # fmt: skip
     print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
     print("every byte equals one worker's undisturbed run's")

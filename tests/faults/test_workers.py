@@ -42,8 +42,9 @@ def test_ray_actors_that_are_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_eight_workers_and_twenty_kills(tmp_path: Path) -> None:
-    assert kill_workers.run("local", 8, 20, 4000, tmp_path)["kills"] == 20
+def test_eight_workers_twenty_kills_and_a_faulty_bucket(tmp_path: Path) -> None:
+    with kill_workers.bucket(tmp_path) as where:
+        assert kill_workers.run("local", 8, 20, 600, tmp_path, **where)["kills"] == 20
 
 
 def environment() -> dict[str, str]:

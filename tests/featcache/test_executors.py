@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,20 @@ import pytest
 import featcache
 from featcache.encoders import Encoder, load_encoder
 from featcache.errors import ConfigError, EncoderError, StoreError
-from featcache.executors import InlineExecutor, open_executor, processes
+from featcache.executors import InlineExecutor, open_executor, processes, ranks
 from featcache.executors.base import Tally
 from featcache.executors.processes import ProcessExecutor
 from featcache.executors.ranks import (
     Rank,
     RankExecutor,
+    Speaker,
     Word,
     _order,
-    forget,
     listen,
     rank_from,
-    tell,
 )
 from featcache.extract import ExtractOptions, extract
+from featcache.files import read_json
 from featcache.worker import ShardDone, WorkerOptions, WorkProgress
 from tests.support import feature_files
 
@@ -180,20 +180,56 @@ def test_every_rank_would_do_all_shards_its_own_first(world: int) -> None:
         assert len({shard % world for shard in first_help.values()}) > 1
 
 
-def test_rank_0s_word(tmp_path: Path) -> None:
-    rank = Rank(1, 2, 1, 2, "job")
-    waits: Iterator[int] = iter(range(3))
+RANK_1 = Rank(1, 2, 1, 2, "job")
+
+
+def test_rank_0s_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "BEAT_EVERY_S", 0.05)
+    heard: list[Word] = []
 
     def on_wait() -> None:
-        if next(waits) == 1:
-            tell(tmp_path, rank, Word(3, "/images"))
+        heard.append(Word(**read_json(tmp_path / "journal/jobs/job.json")))
+        if heard[-1].beat >= 2:
+            speaker.ready(3, "/images")
 
-    assert listen(tmp_path, rank, on_wait) == Word(3, "/images")
-    tell(tmp_path, rank, Word(error="the disk is full"))
-    with pytest.raises(StoreError, match="rank 0 stopped: the disk is full"):
-        listen(tmp_path, rank, on_wait)
-    forget(tmp_path)
-    assert not list((tmp_path / "journal/jobs").iterdir())
+    with Speaker(tmp_path, RANK_1) as speaker:
+        assert listen(tmp_path, RANK_1, on_wait) == Word(True, 3, "/images")
+    assert [word.ready for word in heard] == [False] * len(heard)
+    assert heard[-1].beat >= 2
+    # Said, and not taken back by the end.
+    assert listen(tmp_path, RANK_1, on_wait).ready
+
+
+@pytest.mark.parametrize("error", [StoreError("the disk is full"), KeyboardInterrupt()])
+def test_rank_0_says_that_it_failed(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), Speaker(tmp_path, RANK_1):
+        raise error
+    said = str(error) or type(error).__name__
+    with pytest.raises(StoreError, match=f"rank 0 stopped: {said}"):
+        listen(tmp_path, RANK_1, lambda: None)
+
+
+def test_what_rank_0_cannot_say_does_not_hide_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StoreError, match="the disk is full"), Speaker(tmp_path, RANK_1):
+        monkeypatch.setattr(ranks, "publish_json", full)
+        raise StoreError("the disk is full")
+
+
+def test_a_rank_0_that_is_gone_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "FIRST_WORD_S", 0.2)
+    monkeypatch.setattr(ranks, "SILENCE_S", 0.2)
+    with pytest.raises(StoreError, match="has not heard of rank 0"):
+        listen(tmp_path, RANK_1, lambda: None)
+    ranks.tell(tmp_path, RANK_1, Word(beat=7))
+    with pytest.raises(StoreError, match="has not heard of rank 0"):
+        listen(tmp_path, RANK_1, lambda: None)
 
 
 def test_workers_of_a_launcher_are_not_multiplied(
@@ -201,7 +237,7 @@ def test_workers_of_a_launcher_are_not_multiplied(
 ) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"this is rank 3 of 8: .* leave out --executor"):
+    with pytest.raises(ConfigError, match=r"this is rank 3 of 8: .* leave out --workers"):
         extract(replace(options, workers=2))
 
 
@@ -234,9 +270,9 @@ def test_a_rank_takes_its_share_of_the_machine(encoder_dir: Path, tmp_path: Path
 
     before = torch.get_num_threads()
     try:
-        options = WorkerOptions(tmp_path, str(encoder_dir), decode_threads=64)
+        options = WorkerOptions(tmp_path, str(encoder_dir))
         with RankExecutor(options, Rank(0, 2, 0, 1000, "job")) as executor:
-            assert executor._worker.options.decode_threads == 1
+            assert executor._worker.decode_threads == 1
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
