@@ -403,7 +403,7 @@ def writing(root: StorePath) -> Iterator[None]:
 @contextmanager
 def _writers(root: Path, operation: int) -> Iterator[bool]:
     """Whether the lock of those who write was to be had."""
-    with (root / layout.WRITERS).open("w") as lock:
+    with (root / layout.WRITERS).open("a") as lock:
         try:
             fcntl.flock(lock, operation)
         except BlockingIOError:
