@@ -344,6 +344,8 @@ def _update(
             journal = Journal.load(out, info.generation)
             tasks = _tasks(out, info, journal, plans, journal.pending, root)
         encoding_s = time.monotonic() - began if pending else 0.0
+        if plan and not pending:
+            journal = Journal.load(out, info.generation)
         if plan or pending or not is_current(out, info, journal):
             compile_index(out, info, journal)
         remove_old(out, info)
