@@ -52,6 +52,7 @@ PATCHES, WIDTH = 729, 1152
 RATE = 500
 """images/s of one GPU, of which scheduling should take one per cent at most."""
 FEATURES_BYTES = PATCHES * WIDTH * 2
+EXECUTORS = {"processes": "local", "Ray": "ray"}
 
 
 class NullEncoder(Encoder):
@@ -113,8 +114,15 @@ def plan_of(shards: int, shard_images: int) -> Plan:
 
 
 def measure(
-    folder: Path, shards: int, shard_images: int, actors: int, written_shards: int
+    folder: Path,
+    shards: int,
+    shard_images: int,
+    actors: int,
+    written_shards: int,
+    executors: dict[str, str] = EXECUTORS,
 ) -> list[dict[str, Any]]:
+    """Result rows. actors: of Ray, in the last section; 0 leaves them out. executors: {what it is
+    called: its name} of those that are handed shards."""
     images = shards * shard_images
     config = {"shards": shards, "shard_images": shard_images, "images": images}
     budget_ms = 0.01 * shard_images / RATE * 1000  # a shard's share of one per cent of the run
@@ -133,7 +141,7 @@ def measure(
 
     timed("make", lambda: sum(1 for _ in tasks))
     options = WorkerOptions(folder, "tiny", make=NullWorker)
-    for name, executor_name in (("processes", "local"), ("Ray", "ray")):
+    for name, executor_name in executors.items():
         with open_executor(executor_name, 2, options) as executor:
             executor.describe()  # loaded: what is timed begins with the first task
             timed(name, lambda executor=executor: _run(executor, tasks, images))
@@ -159,7 +167,7 @@ def measure(
         )
         for name, seconds in spent.items()
     ]  # fmt: skip
-    for name in ("processes", "Ray"):
+    for name in executors:
         # Making the tasks is part of handing them out; the journal is read when a run ends.
         total = sum(spent[part] for part in (name, "record", "journal", "index"))
         share = 100 * total / (images / RATE)
@@ -209,6 +217,8 @@ def written(folder: Path, actors: int, shards: int) -> list[dict[str, Any]]:
     config = {"images": shards * shard_images, "shard_images": shard_images, "codec": "fp16"}
     found.append(results.row("plain write", "written", "GB/s", plain, config=config))
     for executor, workers in (("local", 1), ("ray", actors)):
+        if not workers:
+            continue
         out = folder / f"{executor}.zarr"
         options = ExtractOptions(
             "tiny", (images,), out, shard_images=shard_images, executor=executor, workers=workers,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from align.bench import extract
 from align.demo.run import QUICK
 from benchmarks import (
     bench_codec_loss,
@@ -15,11 +17,14 @@ from benchmarks import (
     bench_page_cache,
     bench_reader,
     bench_sampling,
+    bench_schedule,
     bench_write,
     plan_scale,
 )
 from benchmarks.bench_open import write_index
 from featcache.codecs import CODECS
+from featcache.encode import STAGES
+from featcache.errors import StoreError
 
 
 def test_bench_write(tmp_path: Path) -> None:
@@ -115,3 +120,25 @@ def test_writing_the_tables_leaves_the_rest_of_the_page(tmp_path: Path) -> None:
     assert page.read_text() == (
         f"before\n{plan_scale.BEGIN}\n\n{tables}\n\n{plan_scale.END}\nafter\n"
     )
+
+
+def test_bench_schedule(tmp_path: Path) -> None:
+    rows = bench_schedule.measure(tmp_path, 20, 4, 0, 1, executors={})
+    named = {(row["provider"], row["metric"]) for row in rows}
+    assert named == {
+        *((part, "scheduling") for part in ("make", "record", "journal", "index")),
+        ("plain write", "written"),
+        ("1 worker", "written"),
+    }
+    assert all(row["p50"] > 0 for row in rows)
+
+
+def test_bench_extract(tmp_path: Path) -> None:
+    plan = extract.ExtractPlan("tiny", images=8, batch_size=4, rounds=1)
+    rows = {(row["provider"], row["metric"]): row for row in extract.measure(tmp_path, plan)}
+    ratio = rows["extract", "of the bare encoder"]["p50"]
+    assert ratio == rows["extract", "rate"]["p50"] / rows["forward", "rate"]["p50"] > 0
+    assert {stage for _, stage in rows} >= set(STAGES)
+
+    with pytest.raises(StoreError, match="the encoder sigclip alone failed"):
+        extract.measure(tmp_path / "none", replace(plan, model="sigclip"))
