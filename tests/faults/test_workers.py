@@ -25,14 +25,14 @@ PROGRAM = "from cli.featcache import main; main()"
 
 
 def test_processes_that_are_killed(tmp_path: Path) -> None:
-    counts = kill_workers.run("local", 2, 3, 400, tmp_path)
-    assert counts["kills"] == 3 and counts["files_compared"] == 200
+    counts = kill_workers.run("local", 2, 2, 240, tmp_path)
+    assert counts["kills"] == 2 and counts["files_compared"] == 120
 
 
 def test_ranks_that_are_killed(tmp_path: Path) -> None:
     """As srun starts them; those that are left do the others' shards."""
-    counts = kill_workers.run("ranks", 3, 2, 400, tmp_path)
-    assert counts["kills"] == 2 and counts["files_compared"] == 200
+    counts = kill_workers.run("ranks", 3, 2, 240, tmp_path)
+    assert counts["kills"] == 2 and counts["files_compared"] == 120
 
 
 @pytest.mark.slow

@@ -195,7 +195,7 @@ def test_a_damaged_row_and_a_lost_commit_record_are_repaired(made: Path, store: 
 def test_a_grid_that_was_changed_is_noticed(store: Path) -> None:
     path = store / layout.commit_path(0)
     document = read_json(path)
-    document["rows"][0]["grid"][0] += 1
+    document["grid"][0][0] += 1
     publish_json(path, document)
     assert any("journal/commit" in problem.where for problem in verify(store).problems)
 
