@@ -33,7 +33,8 @@ IMAGE_SIZE = (640, 480)
 @dataclass(frozen=True, slots=True)
 class ExtractPlan:
     """What to measure. images: of each extraction. batch_size: images per forward. rounds: of all.
-    workers: of the comparison with one core; 0 leaves it out."""
+    workers: of the comparison with one core; 0 leaves it out. A shard is a batch, so that few
+    images give work to several workers."""
 
     model: str
     images: int
@@ -42,7 +43,6 @@ class ExtractPlan:
     device: str = "cpu"
     codec: str = "fp16"
     workers: int = 0
-    shard_images: int = 128
     compile: bool = False
 
 
@@ -150,7 +150,7 @@ def _extract(
         sys.executable, "-c", "from cli.featcache import main; main()", "extract", "--model",
         plan.model, "--random-weights", "--data", str(images), "--out", str(out), "--batch-size",
         str(plan.batch_size), "--device", plan.device, "--codec", plan.codec, "--shard-images",
-        str(plan.shard_images), "--json", *(["--compile"] if plan.compile else []), *options,
+        str(plan.batch_size), "--json", *(["--compile"] if plan.compile else []), *options,
     ]  # fmt: skip
     if cores is not None:
         listed = ",".join(map(str, sorted(cores)))
