@@ -521,7 +521,7 @@ def _calibrate(root: StorePath, info: StoreInfo, executor: Executor, image_root:
     if all(path in info.checksums for path in paths.values()):
         return
     for layer, channels in executor.calibrate(image_root).items():
-        write_channels(root, info, layer, torch.from_numpy(channels))
+        write_channels(root, info, layer, torch.from_numpy(np.array(channels)))
     info.save(root)
 
 

@@ -58,10 +58,6 @@ class Sampling:
         return [entries[i] for i in sorted(ranked[:number])]
 
 
-def _rank(position: int) -> int:
-    return xxhash.xxh3_64_intdigest(f"{SEED}:{position}".encode())
-
-
 def read_mixture(path: Path) -> Iterator[tuple[Path, Sampling]]:
     """(path or pattern of data files, how much of each) in the order of the file.
 
