@@ -29,7 +29,8 @@ def load_encoder(
     fit: str = "checkpoint",
     compile: bool = False,
 ) -> Encoder:
-    """Load an encoder by registered name, Hugging Face hub id, or local folder.
+    """Load an encoder by registered name, Hugging Face hub id, or local folder; a folder's absolute
+    path is the encoder's name, which holds from any working directory.
 
     random_weights: the full architecture with seeded random weights (benchmarks, tests); needs
     neither hub nor checkpoint for registered names.
@@ -39,6 +40,7 @@ def load_encoder(
     Raises EncoderError: unknown name, unreachable hub, a model that is no tower of patches, missing
     weights, no compiler. Raises ConfigError for a wrong `fit` or device.
     """
+    name = absolute_name(name)
     entry = _entry_of(name)
     source = _source(name)
     device = resolve_device(device)
@@ -80,6 +82,13 @@ def load_encoder(
         compute_dtype=compute_dtype,
         compiled=compile,
     )
+
+
+def absolute_name(name: str) -> str:
+    """The same, a relative path of a folder as an absolute one."""
+    if name not in ENCODERS and Path(name).is_dir():
+        return str(Path(name).absolute())
+    return name
 
 
 def _entry_of(name: str) -> EncoderEntry | None:

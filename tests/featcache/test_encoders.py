@@ -195,6 +195,15 @@ def test_processors_that_crop_or_pad_are_refused(
         load_encoder(str(folder))
 
 
+def test_a_folders_name_holds_from_everywhere(
+    encoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(encoder_dir.parent)
+    for relative in (encoder_dir.name, f"./{encoder_dir.name}"):
+        assert load_encoder(relative).name == str(encoder_dir)
+    assert load_encoder("tiny").name == "tiny"
+
+
 def test_devices(encoder_dir: Path) -> None:
     for name in ("gpu", "meta", "mps"):
         with pytest.raises(ConfigError, match=f"unknown device '{name}'; give auto, cpu"):
