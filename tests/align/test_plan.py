@@ -126,19 +126,11 @@ def test_a_slow_disk_is_named_and_what_would_help() -> None:
 
 
 def test_figures_have_no_exponent() -> None:
-    assert [figure(n) for n in (2.73, 99.64, 233.4, 1234.5, 0)] == [
-        "2.73",
-        "99.6",
-        "233",
-        "1,234",
-        "0",
-    ]
-    assert [figure(n, 2) for n in (0.7512, 1.68, 110.2, 1.2e-5)] == [
-        "0.75",
-        "1.7",
-        "110",
-        "0.000012",
-    ]
+    for number, three, two in [
+        (2.73, "2.73", "2.7"), (99.64, "99.6", "100"), (110.2, "110", "110"), (0, "0", "0"),
+        (1234.4, "1,234", "1,234"), (1.2e-5, "0.000012", "0.000012"),
+    ]:  # fmt: skip
+        assert (figure(number), figure(number, 2)) == (three, two)
 
 
 def test_a_large_model_gains_little_and_says_so() -> None:

@@ -177,7 +177,9 @@ def test_an_hdf5_file_is_made_by_convert(
 
 
 def test_a_bucket_alone_is_no_store(options: ExtractOptions) -> None:
-    with pytest.raises(ConfigError, match="a store needs a name in its bucket: s3://b/store.zarr"):
+    with pytest.raises(
+        ConfigError, match=r"a store needs a name in its bucket: s3://b/store\.zarr"
+    ):
         extract(replace(options, out=ObjectPath("s3://b")))
 
 
