@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from align.errors import DataError
 from align.generate import generate
@@ -16,8 +15,10 @@ from align.run import Speaker
 from featcache.encoders import fit_of, load_encoder
 from featcache.errors import ImageError
 from featcache.fingerprint import fingerprint, require_same
-from featcache.images import load_image
+from featcache.images import decode
 from featcache.manifests import Record
+from featcache.object_path import StorePath
+from featcache.sources import image_at
 
 DECIDING = ("encoder", "features", "preprocessing")
 """Parts of a store's fingerprint that another machine or library version does not change."""
@@ -25,17 +26,18 @@ DECIDING = ("encoder", "features", "preprocessing")
 
 def caption_images(
     speaker: Speaker,
-    images: Sequence[Path],
+    images: Sequence[StorePath],
     *,
     encoder: str | None = None,
     temperature: float | None = None,
 ) -> list[str]:
-    """One caption for each image file, in the run's template.
+    """One caption for each image, in the run's template.
 
+    images: files, also in a bucket, or below a tar or parquet file ("00000.tar/0001.jpg").
     encoder: name, hub id or folder; None takes the name in the store's fingerprint.
     temperature: None takes the run's own setting.
 
-    Raises DataError for a file that is no readable image, EncoderError for an encoder that cannot
+    Raises DataError for what is no readable image, EncoderError for an encoder that cannot
     be loaded, and FingerprintMismatch for one that the run's store was not made with.
     """
     stored = speaker.store
@@ -56,7 +58,7 @@ def caption_images(
     pixels = []
     for path in images:
         try:
-            pixels.append(loaded.preprocess(load_image(path)))
+            pixels.append(loaded.preprocess(decode(image_at(path).read())[0]))
         except ImageError as error:
             raise DataError(f"{path}: {error}") from error
     records = [Record(str(path), (path.name,), (), None, str(path)) for path in images]

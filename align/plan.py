@@ -25,6 +25,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from align.connectors import ConnectorConfig
 from align.connectors.mlp import MlpConfig
 from align.connectors.resampler import ResamplerConfig
@@ -370,25 +372,26 @@ class Plan:
         if not self.pays:
             return (
                 f"does not pay in {_runs(self.workload.runs)}: the extraction takes "
-                f"{_hours(self.extraction_hours)} and a run gets faster by only "
-                f"{_hours(self.live_run_hours - self.cached_run_hours)} ({self.gain:.3g}x), so it "
-                f"is earned back after {after}{self._smaller_codec()}"
+                f"{_hours(self.extraction_hours)} and a run gets faster by "
+                f"{_hours(self.live_run_hours - self.cached_run_hours)} ({figure(self.gain)}x), so "
+                f"it is earned back after {after}{self._smaller_codec()}"
             )
         return (
             f"pays after {after}: {_runs(self.workload.runs)} with it take "
             f"{_hours(self.cached_hours)}, extraction included, and {_hours(self.live_hours)} "
-            f"without; each run is {self.gain:.3g}x as fast{self._dearer()}"
+            f"without; each run is {figure(self.gain)}x as fast{self._dearer()}"
         )
 
     def _too_slow_a_disk(self) -> str:
         # The GPU's share of a cached step is always the smaller one: nothing else can be the cause.
         assert self.cached.bottleneck == "disk reads"
         live = self.live.images_per_s
+        needed = live * self.image_bytes / 1e9
         return (
-            f"reading {self.image_bytes / 1e6:.2g} MB an image at {self.machine.read_gbps:.3g} "
-            f"GB/s gives {self.cached.images_per_s:,.0f} images/s, and training with the encoder "
-            f"in the loop does {live:,.0f}; more than {live * self.image_bytes / 1e9:.2g} GB/s "
-            "would be needed"
+            f"reading {figure(self.image_bytes / 1e6, 2)} MB an image at "
+            f"{figure(self.machine.read_gbps)} GB/s gives {self.cached.images_per_s:,.0f} "
+            f"images/s, and training with the encoder in the loop does {live:,.0f}; more than "
+            f"{figure(needed, 2)} GB/s would be needed"
         )
 
     def _smaller_codec(self) -> str:
@@ -407,6 +410,14 @@ class Plan:
         return f"; but it costs {cached:,.0f} instead of {live:,.0f}, as the disk is not free"
 
 
+def figure(number: float, digits: int = 3) -> str:
+    """Rounded to so many significant digits, or to a whole number where it has more; never with an
+    exponent."""
+    if number >= 10 ** (digits - 1):
+        return f"{number:,.0f}"
+    return np.format_float_positional(number, digits, unique=False, fractional=False, trim="-")
+
+
 def _runs(count: int) -> str:
     return f"{count:,} run{'s' * (count != 1)}"
 
@@ -416,4 +427,8 @@ def _figure(number: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{_figure(hours)} h" if hours >= 1 else f"{_figure(hours * 60)} min"
+    if hours >= 1:
+        return f"{_figure(hours)} h"
+    if hours * 60 >= 1:
+        return f"{_figure(hours * 60)} min"
+    return f"{hours * 3600:.1f} s" if hours * 3600 >= 0.1 else "under 0.1 s"

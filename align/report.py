@@ -131,7 +131,7 @@ def require_packages() -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as missing:
             raise ConfigError(
-                f'the report needs {missing.name}: pip install "featcache[report]"'
+                f"the report needs {missing.name}: pip install 'featcache[report]'"
             ) from missing
 
 

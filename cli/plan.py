@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli import console
+from featcache.object_path import ObjectPath, StorePath
 
 if TYPE_CHECKING:
     from align.plan import Machine, Plan, Rate, Workload
@@ -60,7 +62,9 @@ ASSUMED = "assumed"
 )
 @click.option("--device", default="auto", show_default=True, help="Of --probe.")
 @click.option("--random-weights", is_flag=True, help="Of --probe; as fast as the real ones.")
-@click.option("--features", type=Path, metavar="STORE", help="Measure the disk by reading STORE.")
+@click.option(
+    "--features", type=console.LOCATION, metavar="STORE", help="Measure the disk by reading STORE."
+)
 def plan(
     model: str,
     llm: str,
@@ -74,7 +78,7 @@ def plan(
     probe: Path | None,
     device: str,
     random_weights: bool,
-    features: Path | None,
+    features: StorePath | None,
     gpu_hour_price: float | None,
     disk_price: float | None,
     months: float | None,
@@ -123,14 +127,22 @@ class Known:
 
 
 def _encoder(model: str) -> Any:
-    """Raises ConfigError for a name that the registry does not have."""
+    """Raises ConfigError for a name that the registry does not have, and for an encoder whose
+    features cannot be trained on."""
     from featcache.errors import ConfigError
     from featcache.registry import ENCODERS, same_encoder
 
     for name, entry in ENCODERS.items():
         if same_encoder(name, model):
+            if entry.own_grids:
+                raise ConfigError(
+                    f"--model {model}: gives each image its own patch grid, and training on such "
+                    "features is not supported yet"
+                )
             return entry
-    raise ConfigError(f"--model {model}: not known by name{console.did_you_mean(model, ENCODERS)}")
+    near = difflib.get_close_matches(model, ENCODERS, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ConfigError(f"--model {model}: not known by name; {hint}`featcache models` lists all")
 
 
 def _known(options: Mapping[str, Any]) -> dict[str, Known]:
@@ -177,10 +189,15 @@ def _probed(
     return found
 
 
-def _read(store: Path) -> dict[str, Known]:
+def _read(store: StorePath) -> dict[str, Known]:
     """The disk's speed, from a store on it."""
     from align.probe import disk_speed
+    from featcache.errors import ConfigError
 
+    if isinstance(store, ObjectPath):
+        raise ConfigError(
+            f"--features {store}: only a disk is measured; give a bucket's GB/s with --disk-gbps"
+        )
     console.say(f"measuring the disk on {store}")
     speed = disk_speed(store)
     how = f"measured: {console.size(speed.nbytes)} at random, {speed.how}"
@@ -237,11 +254,13 @@ def _inputs(
 def _show(
     found: Plan, model: str, known: Mapping[str, Known], given: Mapping[str, int | None]
 ) -> None:
+    from align.plan import figure
+
     work = found.workload
     console.table(
         ["goes in", "", "origin"],
         [
-            (LABELS[name], f"{each.value:,.4g}" if each.value < 1e4 else f"{each.value:,.0f}",
+            (LABELS[name], figure(each.value, 4),
              each.origin)
             for name, each in _inputs(found, known, given).items()
         ],
@@ -250,16 +269,18 @@ def _show(
     llm, connector = work.llm_flop / 1e12, work.connector_flop / 1e12
     console.fields(
         {
-            "an image": f"{model}: {work.encoder.tflop:.3g} TFLOP, {work.encoder.num_patches} x "
-            f"{work.encoder.width} features, {console.size(found.image_bytes)} in {work.codec}",
+            "an image": f"{model}: {figure(work.encoder.tflop)} TFLOP, "
+            f"{work.encoder.num_patches} x {work.encoder.width} features, "
+            f"{console.size(found.image_bytes)} in {work.codec}",
             "a sample": f"{work.llm.name}, {work.visual_tokens} visual and {work.text_tokens} text "
-            f"tokens: {llm:.3g} TFLOP forward and backward to the inputs, "
-            f"{work.connector.name} {connector:.3g}",
-            "at most": f"{found.compute_gain:.3g}x from leaving out the encoder, by operations",
+            f"tokens: {figure(llm)} TFLOP forward and backward to the inputs, "
+            f"{work.connector.name} {figure(connector)}",
+            "at most": f"{figure(found.compute_gain)}x from leaving out the encoder, by operations",
             "store": f"{console.size(found.store_bytes)} in {found.files:,} files, "
             f"{console.count(found.shards, 'shard')}",
             "extraction": f"{_hours(found.extraction_hours)}, {_limited(found.extraction)}; a disk "
-            f"of {found.write_gbps_needed:.2g} GB/s and {found.cores_needed:,} cores do not limit",
+            f"of {figure(found.write_gbps_needed, 2)} GB/s and {found.cores_needed:,} cores do not "
+            "limit",
             "GPU memory": "unknown"
             if found.freed_bytes is None
             else f"{console.size(found.freed_bytes)} or more not taken by the encoder's weights",
@@ -273,7 +294,7 @@ def _show(
         ],
         right=(1, 3, 4),
     )
-    needed = f"{found.read_gbps_needed:.2g}"
+    needed = figure(found.read_gbps_needed, 2)
     console.say(f"from the cache, a disk of {needed} GB/s or more does not limit training")
     if found.live_cost is not None and found.cached_cost is not None:
         console.say(
@@ -289,7 +310,8 @@ def _row(rate: Rate, run_hours: float, all_hours: float) -> tuple[str, ...]:
 
 
 def _hours(hours: float) -> str:
-    return console.duration(3600 * hours)
+    seconds = 3600 * hours
+    return console.duration(seconds) if seconds >= 0.1 else "under 0.1 s"
 
 
 def _limited(rate: Rate) -> str:

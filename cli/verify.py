@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,8 +38,9 @@ SHOWN_PROBLEMS = 50
 @click.option("--model", help="The store's encoder by another name or folder, if it has moved.")
 @click.option(
     "--images",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Where the images lie now, if they have moved.",
+    type=console.LOCATION,
+    metavar="DIR",
+    help="Where the images lie now, if they have moved; also s3://bucket/images.",
 )
 @click.option("--device", help="Of --live: cpu, cuda, cuda:1 [as the store was made].")
 @click.option(
@@ -52,7 +52,7 @@ def verify(
     live: int | None,
     seed: int,
     model: str | None,
-    images: Path | None,
+    images: StorePath | None,
     device: str | None,
     workers: int,
 ) -> console.Result:
@@ -60,6 +60,8 @@ def verify(
     from featcache.verify import verify as check
 
     path = require_disk(store, "`featcache verify`")
+    if images is not None:
+        _require_folder(images)
     with _Display() as display:
         if repair:
             from featcache.repair import repair as mend
@@ -82,6 +84,15 @@ def verify(
         compared = _show_live(outcome)
         document["live"] = asdict(outcome)
     return console.Result(document, 0 if report.ok and compared else 1)
+
+
+def _require_folder(images: StorePath) -> None:
+    try:
+        is_there = images.is_dir()
+    except OSError as error:
+        raise click.BadParameter(f"{images}: {error.strerror}", param_hint="--images") from None
+    if not is_there:
+        raise click.BadParameter(f"{images} is not a directory", param_hint="--images")
 
 
 def _document(report: VerifyReport) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from featcache.containers import CONTAINER_SUFFIXES
 from featcache.entries import text_entries
 from featcache.errors import ManifestError
 from featcache.object_path import ObjectPath, StorePath
 from featcache.samples import IMAGE_SUFFIXES, is_image
 
-_OF_DISKS = (".tar", ".parquet", ".yaml", ".yml", ".arrow")
+_OF_DISKS = (*CONTAINER_SUFFIXES, ".yaml", ".yml", ".arrow")
 
 
 def is_folder(path: ObjectPath) -> bool:

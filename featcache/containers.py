@@ -22,6 +22,9 @@ from featcache.tars import BLOCK, Member, TarTable, is_tar, walk
 TABLES_BYTES = 256 << 20
 """Of tables: ten million members of tars."""
 
+CONTAINER_SUFFIXES = (".tar", ".parquet")
+"""Of containers in a bucket, which are not read there; on a disk their first bytes tell."""
+
 Container = TarTable | ParquetImages | SavedDataset
 Identity = tuple[int, int, int, int]
 """By which a file that was replaced or written to is known: device, inode, bytes, time."""

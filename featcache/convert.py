@@ -51,12 +51,11 @@ from featcache.files import PARTIAL, publish, publish_json, read_json, sync
 from featcache.hdf5 import Hdf5Form, is_hdf5, writing
 from featcache.index import build_arrays, enter_index, publish_index
 from featcache.journal import Commit, Journal, Plan, RowRecord, locked, num_rows
-from featcache.layout import Status, StoreInfo
+from featcache.layout import HDF5_SUFFIXES, Status, StoreInfo
 from featcache.object_path import require_disk
 from featcache.store import Store
 from featcache.writer import ShardBuffer, ShardSpec, write_error
 
-HDF5_SUFFIXES = (".h5", ".hdf5")
 _TOKEN = "journal/convert.json"
 """What an unfinished conversion to Zarr was made of, so that only the same one goes on with it."""
 

@@ -54,7 +54,7 @@ from featcache.mend import mend
 from featcache.object_path import StorePath
 from featcache.sources import Sources
 from featcache.tasks import PlannedImage, ShardTask
-from featcache.tiles import digest_of, open_view
+from featcache.tiles import digest_of, open_view, prepare
 from featcache.writer import ShardBuffer, ShardSpec
 
 STAGES = ("decode", "wait", "encode", "quantise", "write")
@@ -452,7 +452,7 @@ def load_pixels(encoder: Encoder, image: PlannedImage) -> _Loaded:
     try:
         data, key = _find(image)
         view, size = open_view(data, key, encoder.preprocessing.size)
-        pixels = encoder.preprocess(view)
+        pixels = prepare(encoder, view, key)
     except ImageError as error:
         status, detail = Status[error.reason.upper()], error.detail
     except MemoryError:

@@ -398,7 +398,15 @@ def _tasks(
 
 
 def require_ours(out: StorePath) -> None:
-    """Raises StoreError where `out` is something else than a store, whole or begun."""
+    """Raises ConfigError where no store can have that name, StoreError where `out` is something
+    else than a store, whole or begun."""
+    if isinstance(out, ObjectPath) and not out.key:
+        raise ConfigError(f"--out {out}: a store needs a name in its bucket: {out}/store.zarr")
+    if out.suffix.lower() in layout.HDF5_SUFFIXES and not out.is_dir():
+        raise ConfigError(
+            f"--out {out}: extract writes Zarr; name it {str(out)[: -len(out.suffix)]}.zarr "
+            "and make an HDF5 file of it with `featcache convert` afterwards"
+        )
     if not out.exists():
         return
     if not out.is_dir():
@@ -521,7 +529,7 @@ def _calibrate(root: StorePath, info: StoreInfo, executor: Executor, image_root:
     if all(path in info.checksums for path in paths.values()):
         return
     for layer, channels in executor.calibrate(image_root).items():
-        write_channels(root, info, layer, torch.from_numpy(channels))
+        write_channels(root, info, layer, torch.from_numpy(np.array(channels)))
     info.save(root)
 
 

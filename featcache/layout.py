@@ -47,6 +47,8 @@ from featcache.files import (
 from featcache.object_path import ObjectPath, StorePath
 
 FORMAT_VERSION = 3
+HDF5_SUFFIXES = (".h5", ".hdf5")
+"""Of stores in one file."""
 CHUNK_ALIGNMENT_BYTES = 4096
 """Inner chunks start at multiples of this, so that O_DIRECT can read them."""
 MISSING = np.uint64(2**64 - 1)

@@ -24,7 +24,7 @@ from featcache.errors import CorruptStoreError
 from featcache.fingerprint import fingerprint, require_same
 from featcache.journal import key_of
 from featcache.layout import Status
-from featcache.object_path import require_disk
+from featcache.object_path import StorePath, require_disk
 from featcache.repair import encoder_of, sources_of
 from featcache.store import Store, codecs_before
 from featcache.tasks import PlannedImage
@@ -80,7 +80,7 @@ def compare_live(
     *,
     seed: int = 0,
     model: str | None = None,
-    images: Path | None = None,
+    images: StorePath | None = None,
     device: str | None = None,
 ) -> LiveReport:
     """Encode `count` random images of the store again (all where it has fewer) and compare.

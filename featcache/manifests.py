@@ -125,28 +125,25 @@ def read_manifest(
 
 def _files_of(path: StorePath) -> Iterator[tuple[StorePath, Sampling]]:
     """What a pattern and a mixture name."""
-    if isinstance(path, ObjectPath):
-        yield path, Sampling()
-        return
     for listed in expand(path):
         for named, sampling in _mixture(listed):
             yield from ((file, sampling) for file in expand(named))
 
 
-def _mixture(path: Path) -> Iterable[tuple[Path, Sampling]]:
+def _mixture(path: StorePath) -> Iterable[tuple[StorePath, Sampling]]:
     """The files of a LLaVA-NeXT YAML, or the file itself."""
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+    if isinstance(path, Path) and path.suffix in (".yaml", ".yml") and path.is_file():
         return read_mixture(path)
     return [(path, Sampling())]
 
 
 def _root_of(path: StorePath) -> StorePath:
     """The image root that goes without saying."""
-    if isinstance(path, ObjectPath):
-        return path if is_folder(path) else path.parent
     folder = fixed_folder(path)
     if folder is not None:
         return folder
+    if isinstance(path, ObjectPath):
+        return path if is_folder(path) else path.parent
     return path if path.is_dir() and not splits_of(path) else path.parent
 
 

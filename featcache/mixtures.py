@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import xxhash
 import yaml
 
-from featcache.errors import ManifestError
+from featcache.errors import ConfigError, ManifestError
+from featcache.object_path import ObjectPath, StorePath, parse_location
 from featcache.patterns import expand
 
 T = TypeVar("T")
@@ -58,15 +59,11 @@ class Sampling:
         return [entries[i] for i in sorted(ranked[:number])]
 
 
-def _rank(position: int) -> int:
-    return xxhash.xxh3_64_intdigest(f"{SEED}:{position}".encode())
-
-
-def read_mixture(path: Path) -> Iterator[tuple[Path, Sampling]]:
+def read_mixture(path: Path) -> Iterator[tuple[StorePath, Sampling]]:
     """(path or pattern of data files, how much of each) in the order of the file.
 
     A relative json_path is looked for in the YAML's folder and in the working directory, where the
-    original takes it from.
+    original takes it from; s3://bucket/a.json is taken as it is.
     Raises ManifestError naming the file and the value.
     """
     try:
@@ -87,11 +84,15 @@ def read_mixture(path: Path) -> Iterator[tuple[Path, Sampling]]:
                 f"{where} has an unknown key {unknown[0]!r}; known are json_path and "
                 "sampling_strategy"
             )
-        yield _located(Path(each["json_path"]), path, where), _sampling(each, where)
+        yield _located(each["json_path"], path, where), _sampling(each, where)
 
 
-def _located(named: Path, path: Path, where: str) -> Path:
-    if named.is_absolute():
+def _located(text: str, path: Path, where: str) -> StorePath:
+    try:
+        named = parse_location(text)
+    except ConfigError as error:
+        raise ManifestError(f"{where}: json_path {error}") from None
+    if isinstance(named, ObjectPath) or named.is_absolute():
         return named
     beside = path.parent / named
     candidates = dict.fromkeys((beside.absolute(), named.absolute()))

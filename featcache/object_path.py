@@ -183,11 +183,15 @@ def is_url(text: str) -> bool:
 def parse_location(text: str | Path | ObjectPath) -> StorePath:
     """A folder or file of this machine, or s3://bucket/prefix, gs://..., az://container/prefix.
 
-    Raises ConfigError for another scheme, and without a bucket.
+    Raises ConfigError for another scheme, without a bucket, and for s3:/bucket, which pathlib makes
+    of s3://bucket (a folder of that name is ./s3:/bucket).
     """
     if isinstance(text, ObjectPath):
         return text
     if not is_url(str(text)):
+        scheme, _, rest = str(text).partition(":/")
+        if scheme in object_store.SCHEMES and rest:
+            raise ConfigError(f"{text}: a bucket is written with two slashes: {scheme}://{rest}")
         return Path(text)
     scheme, _, rest = str(text).partition("://")
     name, _, key = rest.partition("/")

@@ -125,7 +125,7 @@ def _open(bucket: str, at_most_s: float) -> ObjectStore:
     try:
         from obstore.store import AzureStore, GCSStore, S3Store
     except ModuleNotFoundError:
-        raise ConfigError(f'{bucket} needs obstore: pip install "featcache[s3]"') from None
+        raise ConfigError(f"{bucket} needs obstore: pip install 'featcache[s3]'") from None
     scheme, _, name = bucket.partition("://")
     options: dict[str, Any] = {
         "client_options": {

@@ -12,7 +12,7 @@ import numpy as np
 from featcache.encoders import Encoder
 from featcache.errors import ImageError
 from featcache.sources import ImageRef
-from featcache.tiles import digest_of, open_view
+from featcache.tiles import digest_of, open_view, prepare
 
 DECODE_RATIO = 0.25
 """Of the budget, for reading images; the rest is the encoder's."""
@@ -93,7 +93,7 @@ def _load(
             data = image.read()
             digest_of(data, image.key)  # for its time: extraction compares it with the plan's
             view, _ = open_view(data, image.key, encoder.preprocessing.size)
-            pixels.append(encoder.preprocess(view))
+            pixels.append(prepare(encoder, view, image.key))
         except ImageError:
             continue
         spent += clock() - begun

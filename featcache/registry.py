@@ -43,6 +43,11 @@ class EncoderEntry:
     grid: int | None = None
 
     @property
+    def own_grids(self) -> bool:
+        """Whether each image has a patch grid of its own (NaFlex)."""
+        return self.model_type == "siglip2_vision_model"
+
+    @property
     def bytes_per_image(self) -> int:
         """Stored bytes of one layer in a 16-bit codec."""
         return self.num_patches * self.width * 2

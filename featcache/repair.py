@@ -30,6 +30,7 @@ from featcache.index import compile_index, remove_old
 from featcache.journal import Commit, Journal, Plan, RowRecord, key_of, locked
 from featcache.layout import Status, StoreInfo, array_checksum, write_array
 from featcache.mend import Records, mend
+from featcache.object_path import StorePath
 from featcache.planning import RETRIED
 from featcache.sources import Sources
 from featcache.store import blank_spec, codecs_before, form_of, shard_spec
@@ -52,7 +53,7 @@ def repair(
     *,
     workers: int = 2,
     model: str | None = None,
-    images: Path | None = None,
+    images: StorePath | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> VerifyReport:
     """Verify the store at `root` and mend what can be mended.
@@ -76,7 +77,7 @@ def repair(
 
 
 def _repair(
-    root: Path, workers: int, model: str | None, images: Path | None, on_progress: OnProgress
+    root: Path, workers: int, model: str | None, images: StorePath | None, on_progress: OnProgress
 ) -> VerifyReport:
     found = inspect(root, workers, on_progress)
     info = found.info
@@ -152,7 +153,7 @@ class _ShardRepair:
         info: StoreInfo,
         workers: int,
         model: str | None,
-        images: Path | None,
+        images: StorePath | None,
     ) -> None:
         self._root, self._info, self._plans = found.root, info, found.plans
         self._workers, self._model, self._images = workers, model, images
@@ -294,7 +295,7 @@ def encoder_of(info: StoreInfo, model: str | None, device: str | None = None) ->
     )
 
 
-def sources_of(info: StoreInfo, plans: list[Plan], images: Path | None) -> Sources:
+def sources_of(info: StoreInfo, plans: list[Plan], images: StorePath | None) -> Sources:
     """Where a store's images may lie."""
     root = images.absolute() if images else info.source.get("images", plans[-1].image_root)
     return Sources(plans, str(root))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.containers import read_member
+from featcache.containers import CONTAINER_SUFFIXES, read_member
 from featcache.errors import ImageError
 from featcache.images import MAX_FILE_BYTES, read_bytes
 from featcache.journal import Plan
@@ -53,6 +53,14 @@ class ImageRef:
         return str(Path(self.root, self.key))
 
 
+def image_at(place: StorePath) -> ImageRef:
+    """The image at one place, which may lie below a tar or parquet file."""
+    if isinstance(place, ObjectPath):
+        return ImageRef(place.bucket, place.key)
+    absolute = place.absolute()
+    return ImageRef(absolute.anchor, absolute.relative_to(absolute.anchor).as_posix())
+
+
 def read_object(root: StorePath, key: str) -> bytes:
     """The bytes of an image in a bucket. Raises ImageError as `featcache.images.read_bytes`, and
     ObjectStoreError where that is not about this one image."""
@@ -61,6 +69,11 @@ def read_object(root: StorePath, key: str) -> bytes:
     try:
         data = path.read_at_most(MAX_FILE_BYTES)
     except FileNotFoundError:
+        container = _container(root, key)
+        if container is not None:
+            raise ImageError(
+                "unreadable", f"{container}: images in it are read from a disk; copy it there"
+            ) from None
         raise ImageError("missing", f"{path} does not exist") from None
     except OSError as error:
         raise ImageError("unreadable", f"{path}: {error.strerror}") from None
@@ -69,6 +82,16 @@ def read_object(root: StorePath, key: str) -> bytes:
     if isinstance(data, int):
         raise ImageError("too_large", f"{path} has {data:,} bytes")
     return data
+
+
+def _container(root: StorePath, key: str) -> StorePath | None:
+    """The object that a key leads into, where it is named like a tar or a parquet file."""
+    parts = key.split("/")
+    for i, part in enumerate(parts[:-1], 1):
+        if part.endswith(CONTAINER_SUFFIXES):
+            place = root / "/".join(parts[:i])
+            return place if place.is_file() else None
+    return None
 
 
 class Sources:

@@ -22,14 +22,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import xxhash
 from PIL import Image
 
 from featcache.errors import ConfigError, ImageError
 from featcache.images import decode, digest, header_size
 from featcache.once import OnceCache
+
+if TYPE_CHECKING:
+    from featcache.encoders import Encoder
 
 CANVASES_BYTES = 64 << 20
 """Of resized images that one process keeps: 48 of 2 x 2 views of 336 pixels."""
@@ -191,6 +195,15 @@ def open_view(data: bytes, key: str, view: tuple[int, int]) -> tuple[Image.Image
     row, column = divmod(number, grid[0])
     left, top = column * width, row * height
     return canvas.crop((left, top, left + width, top + height)), size
+
+
+def prepare(encoder: Encoder, view: Image.Image, key: str) -> np.ndarray[Any, Any]:
+    """uint8[height, width, 3], what `encoder` takes, of what `open_view` gave for a row's key.
+
+    A tile has the encoder's size already, so no fit enlarges or crops it again. Raises ImageError
+    as `Encoder.preprocess`.
+    """
+    return np.array(view) if is_tile(key) else encoder.preprocess(view)
 
 
 def _fitted(data: bytes, grid: Grid, view: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:

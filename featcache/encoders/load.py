@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from featcache.errors import EncoderError
 from featcache.fingerprint import weights_digest
 from featcache.registry import ENCODERS, EncoderEntry
 
+_LOADING = threading.Lock()
+"""While it loads a model, transformers replaces `PreTrainedModel.tie_weights`. Of two threads that
+do so at once, the later one to end may leave the replacement in place for all models thereafter."""
+
 
 def load_encoder(
     name: str,
@@ -29,7 +34,8 @@ def load_encoder(
     fit: str = "checkpoint",
     compile: bool = False,
 ) -> Encoder:
-    """Load an encoder by registered name, Hugging Face hub id, or local folder.
+    """Load an encoder by registered name, Hugging Face hub id, or local folder; a folder's absolute
+    path is the encoder's name, which holds from any working directory.
 
     random_weights: the full architecture with seeded random weights (benchmarks, tests); needs
     neither hub nor checkpoint for registered names.
@@ -39,6 +45,7 @@ def load_encoder(
     Raises EncoderError: unknown name, unreachable hub, a model that is no tower of patches, missing
     weights, no compiler. Raises ConfigError for a wrong `fit` or device.
     """
+    name = absolute_name(name)
     entry = _entry_of(name)
     source = _source(name)
     device = resolve_device(device)
@@ -60,10 +67,11 @@ def load_encoder(
     if entry is not None and entry.resolution is not None:
         preprocessing = preprocessing.at(entry.resolution)
     preprocessing = preprocessing.with_fit(fit, name)
-    if random_weights:
-        model = family.random_model(name, config)
-    else:
-        model = family.read_model(name, source, config)
+    with _LOADING:
+        if random_weights:
+            model = family.random_model(name, config)
+        else:
+            model = family.read_model(name, source, config)
     model = model.eval().requires_grad_(False)
     tower = family(name, model, preprocessing, tuple(str(layer) for layer in layers), entry)
     weights = weights_digest(model)
@@ -80,6 +88,13 @@ def load_encoder(
         compute_dtype=compute_dtype,
         compiled=compile,
     )
+
+
+def absolute_name(name: str) -> str:
+    """The same, a relative path of a folder as an absolute one."""
+    if name not in ENCODERS and Path(name).is_dir():
+        return str(Path(name).absolute())
+    return name
 
 
 def _entry_of(name: str) -> EncoderEntry | None:

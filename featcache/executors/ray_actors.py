@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from featcache.device import num_cores
+from featcache.encoders.load import absolute_name
 from featcache.errors import ConfigError, FeatcacheError, StoreError
 from featcache.executors.base import SHARDS_AHEAD, Executor, Tally
 from featcache.executors.queued import QueuedTasks
@@ -135,9 +136,7 @@ class RayExecutor(Executor):
         options = replace(
             options,
             out=options.out.absolute() if isinstance(options.out, Path) else options.out,
-            model=str(Path(options.model).absolute())
-            if Path(options.model).is_dir()
-            else options.model,
+            model=absolute_name(options.model),
             device="cuda" if gpus else "cpu",
             decode_threads=threads,
             compute_threads=None if gpus else threads,

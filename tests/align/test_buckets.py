@@ -11,8 +11,9 @@ import pytest
 from align.config import RunConfig
 from align.errors import RunError
 from align.evaluate import evaluate
+from align.live import caption_images
 from align.report import write_report
-from align.run import load_run
+from align.run import load_run, load_speaker
 from align.tracking import NoticeEvent
 from align.trainer import train
 from featcache.object_path import ObjectPath
@@ -39,6 +40,7 @@ def there(store: Store, world: Path, bucket: ObjectPath) -> ObjectPath:
 def test_the_same_run_as_from_a_disk(
     store: Store,
     there: ObjectPath,
+    world: Path,
     make_config: MakeConfig,
     tmp_path: Path,
     proxy: Proxy,
@@ -71,6 +73,10 @@ def test_the_same_run_as_from_a_disk(
     shutil.rmtree(tmp_path / "tier")
     run = load_run(tmp_path / "run", overrides=["train.cache_gb=1"])
     evaluate(run)
+    speaker = load_speaker(tmp_path / "run")
+    name = next((world / "images").iterdir()).name
+    (said,) = caption_images(speaker, [world / "images" / name])
+    assert caption_images(speaker, [there / "images" / name]) == [said]
     page = write_report(tmp_path / "run").read_text()
     assert "data:image/png;base64" in page
 

@@ -9,7 +9,7 @@ import pytest
 from align.connectors.mlp import MlpConfig
 from align.connectors.resampler import ResamplerConfig
 from align.flop import LANGUAGE_MODELS
-from align.plan import Machine, Plan, Prices, Rate, Workload, connector_of
+from align.plan import Machine, Plan, Prices, Rate, Workload, connector_of, figure
 from featcache.errors import ConfigError
 from featcache.registry import ENCODERS, EncoderEntry
 
@@ -123,6 +123,14 @@ def test_a_slow_disk_is_named_and_what_would_help() -> None:
     assert int8.pays and int8.break_even_runs == pytest.approx(3.0, abs=0.05)
     needed = replace(found, machine=replace(found.machine, read_gbps=0.76))
     assert needed.break_even_runs is not None
+
+
+def test_figures_have_no_exponent() -> None:
+    for number, three, two in [
+        (2.73, "2.73", "2.7"), (99.64, "99.6", "100"), (110.2, "110", "110"), (0, "0", "0"),
+        (1234.4, "1,234", "1,234"), (1.2e-5, "0.000012", "0.000012"),
+    ]:  # fmt: skip
+        assert (figure(number), figure(number, 2)) == (three, two)
 
 
 def test_a_large_model_gains_little_and_says_so() -> None:

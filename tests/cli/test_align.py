@@ -10,6 +10,7 @@ import pytest
 
 from align.demo.shapes import ATTRIBUTES
 from align.run import load_run
+from tests.support_inputs import write_tar
 
 from .conftest import Align
 
@@ -106,7 +107,7 @@ def test_resume_alone_takes_the_runs_own_settings(demo: Path, tmp_path: Path, al
     assert "resuming at step 4 of 4" in done.err
 
 
-def test_caption_is_the_cached_path_live(demo: Path, align: Align) -> None:
+def test_caption_is_the_cached_path_live(demo: Path, align: Align, tmp_path: Path) -> None:
     rows = [
         json.loads(line)
         for line in (demo / "run" / "eval" / "val" / "captions.jsonl").read_text().splitlines()[:3]
@@ -121,6 +122,12 @@ def test_caption_is_the_cached_path_live(demo: Path, align: Align) -> None:
     assert done.err.endswith(
         "".join(f"{i}: {r['generated']}\n" for i, r in zip(images, rows, strict=True))
     )
+    tar = write_tar(tmp_path / "t.tar", [("00001" + images[0].suffix, images[0].read_bytes())])
+    member = tar / f"00001{images[0].suffix}"
+    done = align("caption", demo / "run", member, "--json")
+    assert done.document["captions"] == [{"image": str(member), "caption": rows[0]["generated"]}]
+    done = align("caption", demo / "run", tar / "2.png")
+    assert done.code == 1 and "t.tar holds no 2.png" in done.err and "\n" not in done.err[:-1]
 
 
 def test_show(demo: Path, align: Align) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ def test_it_says_when_it_will_not_pay(align: Align) -> None:
     assert not once["pays"] and once["break_even_runs"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("images", [1, 100, 558_128, 10**9])
+@pytest.mark.parametrize("gbps", [1e-5, 0.1, 4, 3000])
+def test_figures_are_written_out(align: Align, images: int, gbps: float) -> None:
+    options = ("--images", images, "--disk-gbps", gbps, "--gpus", 4096, "--cores", 10**6)
+    said = align(*BASE, *options).err
+    assert not re.search(r"\de[+-]\d|\b0\.0 ", said), said
+
+
 def test_costs_with_prices_only(align: Align) -> None:
     done = align(*BASE, "--gpu-hour-price", 3, "--disk-price", 0.02, "--months", 2, "--json")
     found = done.document
@@ -89,11 +98,14 @@ def test_measured_numbers_take_the_place_of_assumed_ones(
     ("options", "code", "message"),
     [
         (("--model", "siglip2-so4m"), 2, "--model siglip2-so4m: not known by name; did you mean"),
+        (("--model", "nothing"), 2, "nothing: not known by name; `featcache models` lists all"),
+        (("--model", "siglip2-base-naflex"), 2, "training on such features is not supported yet"),
         (("--llm", "qwen3-9b"), 1, "--llm qwen3-9b: not known by name; did you mean qwen3-"),
         (("--codec", "int5"), 2, "unknown codec 'int5'"),
         (("--text-tokens", 8, "--supervised-tokens", 9), 2, "more than the sample's 8 text tokens"),
         (("--disk-price", 1), 2, "--disk-price and --months need --gpu-hour-price"),
         (("--probe", "/no/such/folder"), 2, "does not exist"),
+        (("--features", "s3://b/x.zarr"), 2, "--features s3://b/x.zarr: only a disk is measured"),
     ],
 )
 def test_mistakes_are_one_line(align: Align, options: tuple, code: int, message: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import featcache
@@ -56,6 +57,22 @@ def test_processes_write_the_same_bytes(
     assert two.work.peak_ram_bytes > 50e6
     assert [p.total for p in seen if p.stage == "encode"][-1] == 10
     assert featcache.open(two.path).failures() == featcache.open(one.path).failures()
+
+
+def test_channel_values_may_come_read_only(
+    options: ExtractOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray hands over what an actor returned; torch would warn, and a warning is an error."""
+    calibrate = InlineExecutor.calibrate
+
+    def read_only(executor: InlineExecutor, image_root: str) -> dict[str, np.ndarray]:
+        measured = calibrate(executor, image_root)
+        for values in measured.values():
+            values.flags.writeable = False
+        return measured
+
+    monkeypatch.setattr(InlineExecutor, "calibrate", read_only)
+    assert extract(replace(options, codec="int8")).features == 9
 
 
 def test_an_encoder_that_cannot_be_loaded_is_the_users_line(options: ExtractOptions) -> None:

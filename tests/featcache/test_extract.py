@@ -33,6 +33,8 @@ from featcache.extract import (
     extract,
 )
 from featcache.layout import StoreInfo
+from featcache.live import compare_live
+from featcache.object_path import ObjectPath
 from featcache.worker import WorkProgress
 from tests.support import Killed, Publications, feature_files, write_captions, write_images
 
@@ -162,6 +164,33 @@ def test_a_moved_folder_may_have_changed_pictures(options: ExtractOptions, tmp_p
     write_images(tmp_path / "new", 1, seed=9)
     (tmp_path / "new" / "0000.png").replace(moved / "0000.png")
     assert extract(replace(options, data=(moved,))).new == 1
+
+
+@pytest.mark.parametrize("name", ["store.h5", "Store.HDF5"])
+def test_an_hdf5_file_is_made_by_convert(
+    options: ExtractOptions, tmp_path: Path, name: str
+) -> None:
+    said = rf"extract writes Zarr; name it .*/{name.split('.')[0]}\.zarr and make an HDF5 file"
+    with pytest.raises(ConfigError, match=said):
+        extract(replace(options, out=tmp_path / name))
+    assert not (tmp_path / name).exists()
+
+
+def test_a_bucket_alone_is_no_store(options: ExtractOptions) -> None:
+    with pytest.raises(
+        ConfigError, match=r"a store needs a name in its bucket: s3://b/store\.zarr"
+    ):
+        extract(replace(options, out=ObjectPath("s3://b")))
+
+
+def test_a_store_by_a_relative_model_is_verified_and_continued_from_elsewhere(
+    options: ExtractOptions, encoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(encoder_dir.parent)
+    extract(replace(options, model=f"./{encoder_dir.name}", limit=4))
+    monkeypatch.chdir("/")
+    assert extract(options).new == 6
+    assert compare_live(options.out, 4).compared == 4
 
 
 def test_unfinished_shards_are_finished_from_where_they_were_planned(

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
 from transformers.image_processing_utils import select_best_resolution
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -20,6 +22,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 import featcache
 from featcache import tiles
 from featcache.convert import convert
+from featcache.encode import load_pixels
 from featcache.encoders import load_encoder
 from featcache.errors import ConfigError, FingerprintMismatch, ManifestError
 from featcache.extract import ExtractOptions, extract
@@ -27,7 +30,9 @@ from featcache.images import digest
 from featcache.live import compare_live
 from featcache.manifests import read_manifest
 from featcache.repair import repair
-from featcache.tiles import Tiling, open_view, parse_grids, split_key, tile_digest
+from featcache.sources import ImageRef
+from featcache.tasks import PlannedImage
+from featcache.tiles import Tiling, open_view, parse_grids, prepare, split_key, tile_digest
 from tests.support import feature_files, write_captions
 from tests.support_inputs import samples, write_tar
 
@@ -203,11 +208,43 @@ def test_tiles_are_rows_with_the_features_of_their_pixels(
             size = Image.open(io.BytesIO(data)).size
             assert (store.sizes[[base, *each.rows]] == size).all()
             names = [key, *Tiling(options.tiles, (24, 24)).keys_of(key, size)]
-            views = [encoder.preprocess(open_view(data, name, (24, 24))[0]) for name in names]
+            views = [prepare(encoder, open_view(data, name, (24, 24))[0], name) for name in names]
             live = encoder.encode(encoder.collate(views)).features["-2"]
             torch.testing.assert_close(
                 reader.read(np.array([base, *each.rows])).float(), live, atol=2e-3, rtol=2e-3
             )
+
+
+def test_a_tile_is_neither_enlarged_nor_cropped_by_the_encoders_fit(tmp_path: Path) -> None:
+    """DINOv2's fit: the shorter edge to 28 pixels, of which the middle 24 x 24 are taken."""
+    folder = tmp_path / "encoder"
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    processor = BitImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 24, "width": 24}
+    )
+    processor.save_pretrained(folder)
+    encoder = load_encoder(str(folder))
+    assert encoder.preprocessing.describe()["shortest_edge"] == 28
+    data = encoded((60, 50))
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    identity = digest(data)
+    for number in range(4):
+        key = f"a.png#2x2:{number}"
+        cut, _ = open_view(data, key, (24, 24))
+        image = PlannedImage(tile_digest(identity, key), (ImageRef(str(tmp_path), key),))
+        loaded = load_pixels(encoder, image)
+        assert loaded.pixels is not None
+        np.testing.assert_array_equal(loaded.pixels, np.array(cut))
+        assert (encoder.preprocess(cut) != np.array(cut)).any()
+    whole = load_pixels(encoder, PlannedImage(identity, (ImageRef(str(tmp_path), "a.png"),)))
+    assert whole.pixels is not None
+    np.testing.assert_array_equal(
+        whole.pixels, encoder.preprocess(open_view(data, "a.png", (24, 24))[0])
+    )
 
 
 def test_whole_images_are_the_same_with_and_without_tiles(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from featcache.errors import (
 )
 from featcache.extract import ExtractOptions, extract
 from featcache.journal import Plan
+from featcache.manifests import read_manifest
 from featcache.object_path import ObjectPath
 from featcache.sources import ImageRef
 from tests.support import write_captions, write_images
@@ -358,6 +361,85 @@ def test_data_that_a_bucket_cannot_give(
     captions = write_captions(tmp_path / "captions.jsonl", names)
     mixed = replace(options, data=(captions,), image_root=bucket / "images")
     assert extract(mixed).features == 3
+
+
+def test_patterns_in_a_bucket(tmp_path: Path, bucket: ObjectPath) -> None:
+    write_images(tmp_path / "images", 1)
+    (bucket / "images/0000.png").write([(tmp_path / "images" / "0000.png").read_bytes()])
+    for name in ("a", "b", "{c}"):
+        file = write_captions(tmp_path / "x.jsonl", [f"{name}.png"])
+        (bucket / f"data/{name}.jsonl").write([file.read_bytes()])
+
+    def keys(pattern: str) -> list[str]:
+        manifest = read_manifest([f"{bucket}/{pattern}"])
+        assert manifest.image_root == bucket / "data"
+        return manifest.image_keys()
+
+    assert keys("data/{b,a}.jsonl") == ["b.png", "a.png"]
+    assert keys("data/*.jsonl") == ["a.png", "b.png", "{c}.png"]
+    assert keys("data/{b,[a]}.json?") == ["b.png", "a.png"]
+    assert keys("data/{c}.jsonl") == ["{c}.png"]  # an object of that very name
+    everywhere = read_manifest([f"{bucket}/d*/a.jsonl"], bucket / "data")
+    assert everywhere.image_keys() == ["a.png"]
+    for wrong, message in {
+        "data/{a,z}.jsonl": r"data/z.jsonl does not exist; check --data",
+        "data/*.tar": r"data/\*.tar matches nothing; check --data",
+        "d*/z.jsonl": r"z.jsonl matches nothing; check --data",
+        "**/a.jsonl": r"\*\* is for disks",
+    }.items():
+        with pytest.raises(ManifestError, match=message):
+            keys(wrong)
+    with pytest.raises(ManifestError, match="a bucket is named as it is"):
+        read_manifest(["s3://{a,b}/x.jsonl"])
+
+
+def test_a_mixture_on_a_disk_may_name_files_in_a_bucket(tmp_path: Path, bucket: ObjectPath) -> None:
+    for name in ("a", "b"):
+        file = write_captions(tmp_path / "x.jsonl", [f"{name}0.png", f"{name}1.png"])
+        (bucket / f"{name}.jsonl").write([file.read_bytes()])
+    mixture = tmp_path / "mixture.yaml"
+    listed = [
+        {"json_path": f"{bucket}/a.jsonl", "sampling_strategy": "first:1"},
+        {"json_path": f"{bucket}/{{b,a}}.jsonl"},
+    ]
+    mixture.write_text(json.dumps({"datasets": listed}))
+    assert read_manifest([mixture]).image_keys() == ["a0.png", "b0.png", "b1.png", "a1.png"]
+    mixture.write_text(json.dumps({"datasets": [{"json_path": "ftp://host/a.json"}]}))
+    with pytest.raises(ManifestError, match=r"datasets\[0\]: json_path .*unknown scheme ftp://"):
+        read_manifest([mixture])
+
+
+def test_an_image_in_a_tar_of_a_bucket_says_so(bucket: ObjectPath) -> None:
+    (bucket / "images/00000.tar").write([bytes(10_240)])
+    ref = ImageRef(str(bucket / "images"), "00000.tar/0001.jpg")
+    said = r"unreadable: s3:.*/00000.tar: images in it are read from a disk; copy it there"
+    with pytest.raises(ImageError, match=said):
+        ref.read()
+    with pytest.raises(ImageError, match=r"missing: s3:.*00001.tar/0001.jpg does not exist"):
+        ImageRef(str(bucket / "images"), "00001.tar/0001.jpg").read()
+
+
+def test_a_store_on_a_disk_whose_images_went_to_a_bucket(
+    encoder_dir: Path, tmp_path: Path, bucket: ObjectPath, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = write_images(tmp_path / "images", 4)
+    options = options_for(encoder_dir, tmp_path / "images", tmp_path / "store.zarr")
+    extract(options)
+    before = data_files(options.out)
+    for name in names:
+        (bucket / "images" / name).write([(tmp_path / "images" / name).read_bytes()])
+    shutil.rmtree(tmp_path / "images")
+    shard = options.out / "features" / "-2" / "c" / "0" / "0" / "0"
+    content = bytearray(shard.read_bytes())
+    content[5] ^= 1
+    shard.write_bytes(content)
+    there = ["--images", f"{bucket}/images"]
+    assert main(["verify", str(options.out), "--repair", *there]) == 0
+    assert data_files(options.out) == before
+    assert main(["verify", str(options.out), "--live", "4", *there]) == 0
+    assert "4 images encoded again" in capfd.readouterr().err
+    assert main(["verify", str(options.out), "--images", f"{bucket}/nothing"]) == 2
+    assert "nothing is not a directory" in capfd.readouterr().err
 
 
 def test_a_large_image_of_a_bucket_is_not_read(

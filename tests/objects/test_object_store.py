@@ -29,9 +29,12 @@ def test_locations() -> None:
     assert str(path.relative_to(ObjectPath("s3://bucket", "a"))) == "store.zarr"
     assert parse_location("some/folder") == Path("some/folder")
     assert parse_location(path) is path
+    assert parse_location("./s3:/folder") == Path("s3:/folder")
     for wrong, message in {
         "http://host/x": "unknown scheme http://",
         "s3://": "names no bucket",
+        "s3:/bucket/x": "a bucket is written with two slashes: s3://bucket/x",
+        str(Path("az://bucket/x")): "two slashes: az://bucket/x",
         "s3:///x": "names no bucket",
         "s3://bucket/a//b": "no empty",
         "s3://bucket/a/../b": "no empty",
@@ -195,7 +198,7 @@ def test_who_is_not_let_in_hears_so_at_once(
 
 def test_without_obstore(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
-    with pytest.raises(ConfigError, match=r'needs obstore: pip install "featcache\[s3\]"'):
+    with pytest.raises(ConfigError, match=r"needs obstore: pip install 'featcache\[s3\]'"):
         featcache.open("s3://bucket/store.zarr")
 
 

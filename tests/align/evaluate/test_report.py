@@ -178,4 +178,4 @@ def test_missing_extra_is_one_line(run: Run, module: str, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError) as caught:
         write_report(run.path)
-    assert str(caught.value) == f'the report needs {module}: pip install "featcache[report]"'
+    assert str(caught.value) == f"the report needs {module}: pip install 'featcache[report]'"
