@@ -291,12 +291,11 @@ def _expected(preflight: Preflight) -> str:
     if preflight.speed is None or preflight.seconds is None:
         return text
     speed = preflight.speed
+    each = f" in each of {preflight.workers} workers" * (preflight.workers > 1)
     return (
         f"{text}, about {console.duration(preflight.seconds)} (a probe took "
         f"{1000 * speed.encode_s:.3g} ms an image to encode, {1000 * speed.decode_s:.3g} ms to "
-        f"decode with {console.count(speed.workers, 'thread')}"
-        + f"; {preflight.workers} workers)" * (preflight.workers > 1)
-        + ")" * (preflight.workers == 1)
+        f"decode with {console.count(speed.workers, 'thread')}{each})"
     )
 
 
@@ -314,11 +313,12 @@ def _summary(dry_run: bool, result: ExtractResult) -> None:
         if result.first_failure:
             console.say(f"the first: {_told(result.first_failure)}")
         return
+    took = [f"{result.new:,} new", console.duration(result.seconds)]
+    if result.new:
+        took.append(_peak(result))
     console.say(
         f"{result.path}: {result.features:,} of {result.images:,} images have features "
-        f"({result.new:,} new, {console.duration(result.seconds)}"
-        + f", {_peak(result)})" * bool(result.new)
-        + ")" * (not result.new)
+        f"({', '.join(took)})"
     )
     if result.first_failure:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.failures.items())
