@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from featcache.encoders.tower import RANDOM_REVISION, auto_config
 from featcache.errors import EncoderError
 from featcache.fingerprint import weights_digest
 from featcache.registry import ENCODERS, EncoderEntry
+
+_LOADING = threading.Lock()
+"""While it loads a model, transformers replaces `PreTrainedModel.tie_weights`. Of two threads that
+do so at once, the later one to end may leave the replacement in place for all models thereafter."""
 
 
 def load_encoder(
@@ -62,10 +67,11 @@ def load_encoder(
     if entry is not None and entry.resolution is not None:
         preprocessing = preprocessing.at(entry.resolution)
     preprocessing = preprocessing.with_fit(fit, name)
-    if random_weights:
-        model = family.random_model(name, config)
-    else:
-        model = family.read_model(name, source, config)
+    with _LOADING:
+        if random_weights:
+            model = family.random_model(name, config)
+        else:
+            model = family.read_model(name, source, config)
     model = model.eval().requires_grad_(False)
     tower = family(name, model, preprocessing, tuple(str(layer) for layer in layers), entry)
     weights = weights_digest(model)

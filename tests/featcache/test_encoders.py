@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from featcache.encoders import Encoder, Pixels, load_encoder
+from featcache.encoders.siglip import Siglip
 from featcache.errors import ConfigError, EncoderError
 from featcache.registry import ENCODERS
 
@@ -202,6 +205,28 @@ def test_a_folders_name_holds_from_everywhere(
     for relative in (encoder_dir.name, f"./{encoder_dir.name}"):
         assert load_encoder(relative).name == str(encoder_dir)
     assert load_encoder("tiny").name == "tiny"
+
+
+def test_threads_load_one_after_the_other(
+    encoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+    read_model = Siglip.read_model
+
+    def watched(*arguments: object) -> object:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        model = read_model(*arguments)
+        inside.pop()
+        return model
+
+    monkeypatch.setattr(Siglip, "read_model", watched)
+    with ThreadPoolExecutor(3) as pool:
+        names = [each.name for each in pool.map(load_encoder, [str(encoder_dir)] * 3)]
+    assert names == [str(encoder_dir)] * 3
+    assert most == [1, 1, 1]
 
 
 def test_devices(encoder_dir: Path) -> None:
