@@ -186,8 +186,11 @@ def extract(options: ExtractOptions, on_progress: OnProgress = lambda _: None) -
     if rank is None or options.dry_run:
         result = _extract(options, rank, None, on_progress)
     else:
-        with Speaker(options.out, rank) as speaker:
-            result = _extract(options, rank, speaker, on_progress)
+        try:
+            with Speaker(options.out, rank) as speaker:
+                result = _extract(options, rank, speaker, on_progress)
+        except OSError as error:
+            raise write_error(options.out, error) from error
     return replace(result, seconds=time.monotonic() - start)
 
 

@@ -240,6 +240,7 @@ class RankExecutor(InlineExecutor):
     def run(self, tasks: PendingTasks) -> Generator[WorkProgress, None, None]:
         root, shards = self._worker.options.out, tasks.shards
         others = dict(zip(shards, tasks.images, strict=True))
+        total = sum(others.values())
         damaged = tasks.recorded  # their records were there before anyone began
 
         def left(committed: _Committed) -> Iterator[ShardTask]:
@@ -265,9 +266,9 @@ class RankExecutor(InlineExecutor):
                 if committed.shards is not seen:
                     seen = committed.shards
                     of_others = sum(others.get(shard, 0) for shard in seen - damaged)
-                done = min(progress.own + of_others, sum(tasks.images))
+                done = min(progress.own + of_others, total)
                 yield replace(progress, done=done)
-        yield replace(progress, done=sum(tasks.images))
+        yield replace(progress, done=total)
 
 
 def of_rank(options: WorkerOptions, rank: Rank) -> WorkerOptions:
