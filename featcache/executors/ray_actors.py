@@ -296,7 +296,8 @@ def _connected() -> ModuleType:
             reason = " ".join(str(error).split())
             raise ConfigError(
                 f"RAY_ADDRESS={address or 'auto'}: no Ray cluster is reached there ({reason}); "
-                "start one with `ray start --head`, or unset RAY_ADDRESS"
+                "start one with `ray start --head`, or unset RAY_ADDRESS; of one that asks for a "
+                "token set RAY_AUTH_MODE=token"
             ) from None
         ray.init(
             address="local",

@@ -128,6 +128,11 @@ def test_a_ray_cluster_that_is_not_there(encoder_dir: Path, tmp_path: Path) -> N
     assert not (tmp_path / "store.zarr").exists()
 
 
+# A cluster that was started where somebody has a token asks for it, and a driver that is given an
+# address does not send it by itself.
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+
+
 class RayCluster:
     """A Ray of its own on loopback, that can be killed and started again."""
 
@@ -147,7 +152,7 @@ class RayCluster:
                 "--node-ip-address=127.0.0.1", "--include-dashboard=false",
                 "--disable-usage-stats", "--object-store-memory=100000000",
             ],
-            env=environment(), cwd=self._folder, start_new_session=True,
+            env=environment() | NO_TOKEN, cwd=self._folder, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         end = time.monotonic() + 60
@@ -183,6 +188,7 @@ def test_the_ray_head_is_restarted(tmp_path: Path) -> None:
     env = environment() | {
         "RAY_ADDRESS": cluster.address,
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+        **NO_TOKEN,
     }
     try:
         driver = subprocess.Popen(over_ray, env=env, cwd=tmp_path)

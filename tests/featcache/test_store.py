@@ -127,6 +127,7 @@ def test_layout_on_disk(zarr_store: Path) -> None:
         "copy",
         "lock",
         "plan-00000001.npz",
+        "writers",
         "zarr.json",
     ]
 
