@@ -18,11 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,7 +226,8 @@ def written(folder: Path, actors: int, shards: int) -> list[dict[str, Any]]:
             "tiny", (images,), out, shard_images=shard_images, executor=executor, workers=workers,
             device="cpu", decode_threads=1, load=null_encoder,
         )  # fmt: skip
-        done = extract(options)
+        with ray_cluster(workers) if executor == "ray" else nullcontext():
+            done = extract(options)
         assert done.ok, done
         row = results.row(
             f"{workers} {'Ray actors' if executor == 'ray' else 'worker'}", "written", "GB/s",
@@ -233,6 +236,20 @@ def written(folder: Path, actors: int, shards: int) -> list[dict[str, Any]]:
         print(f"{row['provider']}: {row['p50']:.2f} GB/s of {ceiling:.2f}", flush=True)
         found.append(row)
     return found
+
+
+@contextmanager
+def ray_cluster(actors: int) -> Iterator[None]:
+    """A Ray on this machine that counts a CPU for each actor, however many there are."""
+    program = str(Path(sys.executable).with_name("ray"))
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    start = ["start", "--head", f"--num-cpus={actors}", "--include-dashboard=false"]
+    more = ["--disable-usage-stats", "--object-store-memory=100000000"]
+    subprocess.run([program, *start, *more], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run([program, "stop", "--force"], check=True, capture_output=True)
 
 
 def _plain(path: Path, block: bytes) -> None:
@@ -245,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--shards", type=int)
+    parser.add_argument("--actors", type=int, default=8, help="of Ray that write; 0 for none")
     parser.add_argument("--dir", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -253,7 +271,7 @@ def main() -> None:
         if arguments.quick:
             rows = measure(Path(folder), shards, 16, 2, 3)
         else:
-            rows = measure(Path(folder), shards, 128, 8, 96)
+            rows = measure(Path(folder), shards, 128, arguments.actors, 48)
     if arguments.out:
         results.write(arguments.out, rows)
     print(json.dumps({"benchmark": "schedule", "results": rows}))
