@@ -10,7 +10,6 @@ Gemma 2) are told by one small forward pass and refused.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -28,10 +27,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging as transformers_logging
 
 import align
 from align.errors import ModelError
+from featcache.quiet import quiet
 
 SHIPPED = {"tiny": "qwen3-tiny"}
 """Names of checkpoints that come with the package -> folder under align/assets."""
@@ -96,7 +95,7 @@ def load_llm(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> Fro
     """
     source = find_llm(config.name)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
             model, report = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -183,21 +182,6 @@ def _to_blame(error: Exception, source: str, config: LLMConfig) -> str:
 def _one_line(error: Exception) -> str:
     """The first paragraph of a message, as one line."""
     return " ".join(str(error).split("\n\n")[0].split())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its progress bars and warnings: what goes wrong is raised here."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def find_llm(name: str) -> str:

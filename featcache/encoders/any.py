@@ -25,11 +25,11 @@ from featcache.encoders.tower import (
     Tower,
     first_line,
     pair,
-    quiet,
     require_all_weights,
     unreadable,
 )
 from featcache.errors import EncoderError
+from featcache.quiet import quiet
 
 PARTS = ("vision_model", "vision_tower", "visual", "vision_encoder", "image_encoder")
 """Where a model of images and text keeps its vision tower."""

@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from featcache.encoders.preprocessing import Preprocessing, present_mask
 from featcache.errors import EncoderError
+from featcache.quiet import quiet
 from featcache.registry import EncoderEntry
 
 RANDOM_SEED = 0
@@ -337,22 +337,6 @@ def require_all_weights(source: str, missing: Sequence[Any]) -> None:
             f"{source} lacks {len(wrong)} of the vision tower's weights, first {wrong[0]}; "
             "it would have run with random ones"
         )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within: transformers prints no bars, no doubts about the text tower's config, and no load
-    report, which lists that tower's weights as unexpected; what matters of it is checked."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def pair(value: Any) -> tuple[int, int]:
