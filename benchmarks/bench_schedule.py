@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,12 +27,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -58,7 +61,9 @@ EXECUTORS = {"processes": "local", "Ray": "ray"}
 
 
 class NullEncoder(Encoder):
-    """The tiny encoder, said to be as wide as siglip2-so400m; gives zeros at once."""
+    """The tiny encoder, said to be as wide as siglip2-so400m; gives the same zeros at once."""
+
+    _zeros: Tensor | None = None
 
     @property
     def num_patches(self) -> int:
@@ -75,12 +80,20 @@ class NullEncoder(Encoder):
         return Pixels(torch.zeros(len(images), 1, dtype=torch.uint8))
 
     def encode(self, pixels: Pixels) -> Encoded:
-        features = torch.zeros(len(pixels), PATCHES, WIDTH, dtype=torch.float16)
+        if self._zeros is None or len(self._zeros) < len(pixels):
+            self._zeros = torch.zeros(len(pixels), PATCHES, WIDTH, dtype=torch.float16)
+        features = self._zeros[: len(pixels)]
         return Encoded(dict.fromkeys(self.layers, features), torch.zeros(len(pixels), WIDTH))
 
 
-def null_encoder(name: str, **more: Any) -> Encoder:
+def null_encoder(name: str, *, gate: Path, workers: int, **more: Any) -> Encoder:
+    """gate: a folder that opens when so many workers have come: what is timed begins with every
+    encoder loaded."""
     tiny = load_encoder("tiny", **more)
+    gate.mkdir(parents=True, exist_ok=True)
+    (gate / str(os.getpid())).touch()
+    while len(list(gate.iterdir())) < workers:
+        time.sleep(0.05)
     return NullEncoder(
         tiny.name, tiny.revision, tiny.weights, tiny.tower, tiny.device, tiny.compute_dtype
     )
@@ -115,16 +128,11 @@ def plan_of(shards: int, shard_images: int) -> Plan:
     )  # fmt: skip
 
 
-def measure(
-    folder: Path,
-    shards: int,
-    shard_images: int,
-    actors: int,
-    written_shards: int,
-    executors: dict[str, str] = EXECUTORS,
+def scheduled(
+    folder: Path, shards: int, shard_images: int, executors: dict[str, str] = EXECUTORS
 ) -> list[dict[str, Any]]:
-    """Result rows. actors: of Ray, in the last section; 0 leaves them out. executors: {what it is
-    called: its name} of those that are handed shards."""
+    """What handing out shards and keeping account of them takes. executors: {what it is called: its
+    name}."""
     images = shards * shard_images
     config = {"shards": shards, "shard_images": shard_images, "images": images}
     budget_ms = 0.01 * shard_images / RATE * 1000  # a shard's share of one per cent of the run
@@ -175,7 +183,7 @@ def measure(
         share = 100 * total / (images / RATE)
         row = results.row(name, "share of a run", "%", [share], ceiling=1.0, config=config)
         found.append(row)
-    return found + written(folder / "written", actors, written_shards)
+    return found
 
 
 def _run(executor: Executor, tasks: PendingTasks, images: int) -> None:
@@ -195,8 +203,12 @@ def _record(shard_images: int) -> Commit:
     return Commit(0, rows, files, dict.fromkeys(STAGES, 1.234567), versions)
 
 
-def written(folder: Path, actors: int, shards: int) -> list[dict[str, Any]]:
-    """GB/s of features through the pipeline, and of a plain write of as much."""
+def written(folder: Path, actors: int, shards: int, rounds: int) -> list[dict[str, Any]]:
+    """GB/s of features through the pipeline, and of a plain write of as much, in turn: on a virtual
+    machine a page of memory that was not in use lately costs more than writing to it.
+
+    actors: of Ray; 0 leaves them out.
+    """
     shard_images = 32
     images = folder / "images"
     images.mkdir(parents=True)
@@ -205,44 +217,70 @@ def written(folder: Path, actors: int, shards: int) -> list[dict[str, Any]]:
         pixels = chance.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"{number:06d}.png")
     total_gb = shards * shard_images * FEATURES_BYTES / 1e9
-    found = []
-    plain = []
-    block = bytes(shard_images * FEATURES_BYTES)
-    for _ in range(3):
-        start = time.perf_counter()
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda n: _plain(folder / f"plain-{n}", block), range(shards)))
-        plain.append(total_gb / (time.perf_counter() - start))
-        for path in folder.glob("plain-*"):
-            path.unlink()
-    ceiling = float(np.median(plain))
+    rates: dict[str, list[float]] = {}
+    stages: dict[tuple[str, str], list[float]] = {}
+
+    def note(name: str, rate: float) -> None:
+        rates.setdefault(name, []).append(rate)
+        print(f"{name}: {rate:.2f} GB/s", flush=True)
+
+    for _ in range(rounds):
+        note("plain write", total_gb / _plain(folder / "plain", shards, shard_images))
+        for executor, workers in (("local", 1), ("ray", actors)):
+            if not workers:
+                continue
+            name = f"{workers} {'Ray actors' if executor == 'ray' else 'worker'}"
+            out, gate = folder / f"{executor}.zarr", folder / f"{executor}-gate"
+            options = ExtractOptions(
+                "tiny", (images,), out, shard_images=shard_images, executor=executor,
+                workers=workers, device="cpu", decode_threads=1,
+                load=partial(null_encoder, gate=gate, workers=workers),
+            )  # fmt: skip
+            with ray_cluster(workers) if executor == "ray" else nullcontext():
+                done = extract(options)
+            assert done.ok, done
+            note(name, total_gb / done.encoding_s)
+            for stage in ("wait", "write"):
+                share = 100 * done.work.seconds[stage] / done.encoding_s / workers
+                stages.setdefault((name, stage), []).append(share)
+            shutil.rmtree(out)
+            shutil.rmtree(gate)
     config = {"images": shards * shard_images, "shard_images": shard_images, "codec": "fp16"}
-    found.append(results.row("plain write", "written", "GB/s", plain, config=config))
-    for executor, workers in (("local", 1), ("ray", actors)):
-        if not workers:
-            continue
-        out = folder / f"{executor}.zarr"
-        options = ExtractOptions(
-            "tiny", (images,), out, shard_images=shard_images, executor=executor, workers=workers,
-            device="cpu", decode_threads=1, load=null_encoder,
-        )  # fmt: skip
-        with ray_cluster(workers) if executor == "ray" else nullcontext():
-            done = extract(options)
-        assert done.ok, done
-        row = results.row(
-            f"{workers} {'Ray actors' if executor == 'ray' else 'worker'}", "written", "GB/s",
-            [total_gb / done.encoding_s], ceiling=ceiling, config=config, packages=("ray",),
-        )  # fmt: skip
-        print(f"{row['provider']}: {row['p50']:.2f} GB/s of {ceiling:.2f}", flush=True)
-        found.append(row)
-    return found
+    ceiling = float(np.median(rates["plain write"]))
+    found = [
+        results.row(name, "written", "GB/s", values, ceiling=ceiling, config=config,
+                    packages=("ray",))
+        for name, values in rates.items()
+    ]  # fmt: skip
+    return found + [
+        results.row(name, f"time in {stage}", "% of a worker", values, config=config,
+                    packages=("ray",))
+        for (name, stage), values in stages.items()
+    ]  # fmt: skip
+
+
+def _plain(folder: Path, shards: int, shard_images: int) -> float:
+    """Seconds that two threads take to write and sync as many bytes, in as many files."""
+    block = bytes(shard_images * FEATURES_BYTES)
+    folder.mkdir()
+
+    def write(number: int) -> None:
+        with (folder / str(number)).open("wb", buffering=0) as file:
+            file.write(block)
+            os.fsync(file.fileno())
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(shards)))
+    seconds = time.perf_counter() - start
+    shutil.rmtree(folder)
+    return seconds
 
 
 @contextmanager
 def ray_cluster(actors: int) -> Iterator[None]:
     """A Ray on this machine that counts a CPU for each actor, however many there are."""
     program = str(Path(sys.executable).with_name("ray"))
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     start = ["start", "--head", f"--num-cpus={actors}", "--include-dashboard=false"]
     more = ["--disable-usage-stats", "--object-store-memory=100000000"]
     subprocess.run([program, *start, *more], check=True, capture_output=True)
@@ -252,26 +290,26 @@ def ray_cluster(actors: int) -> Iterator[None]:
         subprocess.run([program, "stop", "--force"], check=True, capture_output=True)
 
 
-def _plain(path: Path, block: bytes) -> None:
-    with path.open("wb", buffering=0) as file:
-        file.write(block)
-        os.fsync(file.fileno())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--shards", type=int)
+    parser.add_argument("--only", choices=("scheduled", "written"))
+    parser.add_argument("--shards", type=int, help="that are handed out")
     parser.add_argument("--actors", type=int, default=8, help="of Ray that write; 0 for none")
+    parser.add_argument("--rounds", type=int, default=3, help="of writing")
     parser.add_argument("--dir", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    shards = arguments.shards or (200 if arguments.quick else 100_000)
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # a process that has used Ray does not change its mode
+    quick = arguments.quick
+    shards = arguments.shards or (200 if quick else 100_000)
+    rows = []
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
-        if arguments.quick:
-            rows = measure(Path(folder), shards, 16, 2, 3)
-        else:
-            rows = measure(Path(folder), shards, 128, arguments.actors, 48)
+        if arguments.only != "written":
+            rows += scheduled(Path(folder) / "scheduled", shards, 16 if quick else 128)
+        if arguments.only != "scheduled":
+            actors, rounds = (2, 1) if quick else (arguments.actors, arguments.rounds)
+            rows += written(Path(folder) / "written", actors, 3 if quick else 240, rounds)
     if arguments.out:
         results.write(arguments.out, rows)
     print(json.dumps({"benchmark": "schedule", "results": rows}))

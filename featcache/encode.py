@@ -1,4 +1,4 @@
-"""Encoding shards: decode threads -> batches -> encoder -> codec -> shard buffer -> writer thread.
+"""Encoding shards: decode threads -> batches -> encoder -> codec -> shard buffer -> writer threads.
 
 Five stages that overlap, each with its own threads, so that the encoder never waits for another:
 
@@ -7,7 +7,8 @@ Five stages that overlap, each with its own threads, so that the encoder never w
 3. *encode*: the caller's thread runs the encoder.
 4. *quantise*: a thread codes the features on the device (on CUDA in a stream of its own), copies
    them to the CPU and fills the shard's buffer.
-5. *write*: a thread publishes full buffers.
+5. *write*: two threads publish full buffers: while one waits for the disk, the other fills the
+   page cache, which is most of what a local write takes.
 
 The batches of a shard are fixed by its plan (its slots in order, `batch_size` at a time, never
 across shards), so an image is always computed in the same batch.
@@ -27,7 +28,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
@@ -60,9 +61,10 @@ from featcache.writer import ShardBuffer, ShardSpec
 STAGES = ("decode", "wait", "encode", "quantise", "write")
 """What time is told of. "decode" is summed over threads; "wait" is the encoder's, for pixels or for
 a free shard buffer; "encode" is the forward alone; "quantise" the codec, the copy to the CPU and
-the checksums; "write" the publishing. All but "wait" happen at the same time."""
-SHARDS_IN_MEMORY = 3
-"""One being filled, one waiting, one being written."""
+the checksums; "write" the publishing, of both threads. All but "wait" happen at the same time."""
+_WRITERS = 2
+SHARDS_IN_MEMORY = _WRITERS + 1
+"""One being filled, the others being written."""
 BATCHES_AHEAD = 4
 """Batches decoded, or being decoded, ahead of the encoder."""
 _ENCODED_AHEAD = 2
@@ -171,7 +173,7 @@ class ShardEncoder:
         decode_threads: int,
         on_commit: Callable[[Commit], None] = lambda _: None,
     ) -> None:
-        """on_commit: called with each shard's commit record once it is in place, on the writer's
+        """on_commit: called with each shard's commit record once it is in place, on a writer's
         thread."""
         # Pillow loads its plugins on first need, which two threads may have at once.
         Image.init()
@@ -481,7 +483,7 @@ def _find(image: PlannedImage) -> tuple[bytes, str]:
 
 
 class _ShardWriter:
-    """Publishes full buffers on one background thread and hands them back empty."""
+    """Publishes full buffers in the background and hands them back empty."""
 
     def __init__(
         self, root: StorePath, spec: ShardSpec, counts: _Counts, on_commit: Callable[[Commit], None]
@@ -490,10 +492,10 @@ class _ShardWriter:
         self._counts, self._on_commit = counts, on_commit
         self._made = 0
         self._free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
-        self._full: queue.SimpleQueue[ShardBuffer | threading.Event | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="featcache-write")
+        self._under_way: set[Future[None]] = set()
+        self._telling = threading.Lock()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._write, name="featcache-write", daemon=True)
-        self._thread.start()
 
     def take(self, shard: int) -> ShardBuffer:
         """A cleared buffer; waits for one. Raises the error of an earlier write."""
@@ -508,13 +510,12 @@ class _ShardWriter:
         return buffer
 
     def put(self, buffer: ShardBuffer) -> None:
-        self._full.put(buffer)
+        self._under_way = {each for each in self._under_way if not each.done()}
+        self._under_way.add(self._pool.submit(self._write, buffer))
 
     def wait(self) -> None:
         """Until all that was put is published. Raises the error of an earlier write."""
-        written = threading.Event()
-        self._full.put(written)
-        written.wait()
+        wait(self._under_way)
         self.check()
 
     def check(self) -> None:
@@ -523,23 +524,19 @@ class _ShardWriter:
             raise self._error
 
     def close(self) -> None:
-        """Finish what was put, then stop the thread."""
-        self._full.put(None)
-        self._thread.join()
+        """Finish what was put, then stop the threads."""
+        self._pool.shutdown(wait=True)
 
-    def _write(self) -> None:
-        while (full := self._full.get()) is not None:
-            if isinstance(full, threading.Event):
-                full.set()
-                continue
-            if self._error is None:
-                try:
-                    commit = full.publish(self._root)
+    def _write(self, full: ShardBuffer) -> None:
+        if self._error is None:
+            try:
+                commit = full.publish(self._root)
+                with self._telling:
                     self._counts.seconds["write"] += commit.seconds["write"]
                     self._on_commit(commit)
-                except BaseException as error:
-                    self._error = error
-            self._free.put(full)
+            except BaseException as error:
+                self._error = error
+        self._free.put(full)
 
 
 def calibration_order(count: int) -> list[int]:

@@ -23,6 +23,7 @@ from featcache.journal import (
     DIGEST_BYTES,
     Failure,
     Journal,
+    Keys,
     merge,
     pack_failures,
     unpack_failures,
@@ -288,23 +289,24 @@ def build_arrays(info: StoreInfo, journal: Journal) -> dict[str, np.ndarray[Any,
     }
 
     known = merge(journal.plans)
-    row_of_key, missing = known.rows, known.missing
+    keys = list(known.rows)
+    key_rows = np.fromiter(known.rows.values(), np.int64, len(keys))
+    lost = key_rows < 0
+    lost[~lost] = ~ok[key_rows[~lost]]
     failures = [
-        missing[key]
-        if row < 0
-        else Failure(key, Status(journal.status[row]).reason, journal.details[row])
-        for key, row in row_of_key.items()
-        if row < 0 or journal.status[row] != Status.OK
+        _failure(journal, known, keys[i], int(key_rows[i])) for i in np.flatnonzero(lost).tolist()
     ]
-    encoded = [key.encode() for key in row_of_key]
+    encoded = [key.encode() for key in keys]
     hashes = hash_keys(encoded)
     order = np.argsort(hashes, kind="stable")
     ordered = [encoded[i] for i in order.tolist()]
     return {
         "key_hash": hashes[order],
         "key_bytes": np.frombuffer(b"".join(ordered), np.uint8),
-        "key_ends": np.cumsum([len(key) for key in ordered], dtype=np.uint64),
-        "key_rows": np.fromiter(row_of_key.values(), np.int64, len(row_of_key))[order],
+        "key_ends": np.cumsum(
+            np.fromiter(map(len, ordered), np.uint64, len(ordered)), dtype=np.uint64
+        ),
+        "key_rows": key_rows[order],
         "digests": digests,
         "status": journal.status,
         "sizes": journal.sizes,
@@ -312,6 +314,13 @@ def build_arrays(info: StoreInfo, journal: Journal) -> dict[str, np.ndarray[Any,
         **{f"checksums/{name}": sums for name, sums in checksums.items()},
         **({"grids": np.where(ok[:, None], journal.grids, 0)} if info.varies else {}),
     }
+
+
+def _failure(journal: Journal, known: Keys, key: str, row: int) -> Failure:
+    """Why a key has no features. row: -1 where it has none."""
+    if row < 0:
+        return known.missing[key]
+    return Failure(key, Status(journal.status[row]).reason, journal.details[row])
 
 
 def _next_name(root: StorePath) -> str:

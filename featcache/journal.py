@@ -422,24 +422,28 @@ class Keys:
     """What every image key means after all plans.
 
     rows: its row, -1 where its file cannot be read. missing: why, for those.
-    roots: the image root below which it was found when it got its row.
     """
 
     rows: dict[str, int]
     missing: dict[str, Failure]
-    roots: dict[str, str]
 
 
 def merge(plans: Sequence[Plan]) -> Keys:
     """The plans put together, later ones over earlier ones."""
     rows: dict[str, int] = {}
     missing: dict[str, Failure] = {}
-    roots: dict[str, str] = {}
     for plan in plans:
         rows.update(zip(plan.keys, plan.rows.tolist(), strict=True))
         missing.update((failure.key, failure) for failure in plan.missing)
+    return Keys(rows, {key: why for key, why in missing.items() if rows[key] < 0})
+
+
+def image_roots(plans: Sequence[Plan]) -> dict[str, str]:
+    """{image key: the image root below which it was found when it got its row}."""
+    roots: dict[str, str] = {}
+    for plan in plans:
         roots.update(dict.fromkeys(plan.keys, plan.image_root))
-    return Keys(rows, {key: why for key, why in missing.items() if rows[key] < 0}, roots)
+    return roots
 
 
 def key_of(plans: Sequence[Plan], row: int) -> str:

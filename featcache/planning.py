@@ -9,7 +9,7 @@ import numpy as np
 
 from featcache.errors import ImageError, StoreError
 from featcache.images import digest
-from featcache.journal import Failure, Journal, Plan, merge
+from featcache.journal import Failure, Journal, Plan, image_roots, merge
 from featcache.layout import Status
 from featcache.object_path import READS_AT_ONCE, is_url
 from featcache.sources import ImageRef
@@ -48,7 +48,7 @@ def plan_extraction(
         for row, image in enumerate(plan.new_digests, plan.first_row):
             if journal.status[row] not in WITHOUT_ANSWER:
                 row_of_digest[image] = row
-    known = merge(plans)
+    known, roots = merge(plans), image_roots(plans)
     first_shard = max((plan.first_shard + plan.num_shards for plan in plans), default=0)
     next_row = first_shard * shard_images
 
@@ -60,7 +60,7 @@ def plan_extraction(
     for key, outcome in _scan(keys, image_root, workers, on_scan, tiling):
         before = known.rows.get(key, -1)
         cached = before >= 0 and journal.status[before] not in RETRIED
-        elsewhere = cached and known.roots[key] != image_root
+        elsewhere = cached and roots[key] != image_root
         if isinstance(outcome, Failure):
             # What is already cached stays valid when its image file goes away.
             if not cached and known.missing.get(key) != outcome:
@@ -79,7 +79,7 @@ def plan_extraction(
     if len(replaced) > moved:
         raise StoreError(
             f"{len(replaced):,} image keys of the store, first {replaced[0]!r}, are other pictures "
-            f"in {image_root} than in {known.roots[replaced[0]]}; extract into another --out"
+            f"in {image_root} than in {roots[replaced[0]]}; extract into another --out"
         )
     if not now:
         return None

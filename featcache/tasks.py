@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from featcache.journal import Plan, RowRecord
 from featcache.mend import Records
@@ -32,6 +33,26 @@ class ShardTask:
     batch_size: int
     images: tuple[PlannedImage, ...]
     was: tuple[RowRecord, ...] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Of builtins alone: hundreds of dataclasses take several times as long to pickle, and all
+        # of a store's tasks are pickled by one process.
+        images = [
+            (image.digest, [(ref.root, ref.key) for ref in image.refs]) for image in self.images
+        ]
+        return _unpickled, (self.shard, self.batch_size, images, self.was)
+
+
+def _unpickled(
+    shard: int,
+    batch_size: int,
+    images: list[tuple[bytes, list[tuple[str, str]]]],
+    was: tuple[RowRecord, ...] | None,
+) -> ShardTask:
+    planned = tuple(
+        PlannedImage(digest, tuple(ImageRef(*ref) for ref in refs)) for digest, refs in images
+    )
+    return ShardTask(shard, batch_size, planned, was)
 
 
 def task_of(

@@ -123,14 +123,16 @@ def test_writing_the_tables_leaves_the_rest_of_the_page(tmp_path: Path) -> None:
 
 
 def test_bench_schedule(tmp_path: Path) -> None:
-    rows = bench_schedule.measure(tmp_path, 20, 4, 0, 1, executors={})
-    named = {(row["provider"], row["metric"]) for row in rows}
-    assert named == {
-        *((part, "scheduling") for part in ("make", "record", "journal", "index")),
+    rows = bench_schedule.scheduled(tmp_path / "scheduled", 20, 4, executors={})
+    assert {row["provider"] for row in rows} == {"make", "record", "journal", "index"}
+    written = bench_schedule.written(tmp_path / "written", actors=0, shards=1, rounds=1)
+    assert {(row["provider"], row["metric"]) for row in written} == {
         ("plain write", "written"),
         ("1 worker", "written"),
+        ("1 worker", "time in wait"),
+        ("1 worker", "time in write"),
     }
-    assert all(row["p50"] > 0 for row in rows)
+    assert all(row["p50"] > 0 for row in rows + written)
 
 
 def test_bench_extract(tmp_path: Path) -> None:

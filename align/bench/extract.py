@@ -102,7 +102,7 @@ def measure(
     def row(provider: str, metric: str, unit: str, values: list[float], **more: Any) -> Any:
         return results.row(
             provider, metric, unit, values, config=config,
-            packages=("transformers", "pillow", "simplejpeg"), **more,
+            packages=("transformers", "pillow"), **more,
         )  # fmt: skip
 
     ceiling = float(np.median(rates["forward"]))

@@ -88,5 +88,7 @@ class FloatCodec(Codec):
     def is_finite(self, codes: Tensor, scales: Tensor | None) -> Tensor:
         # The exponent's bits, as integers: several times faster on a CPU than half arithmetic.
         infinity = int(torch.tensor(torch.inf, dtype=self.dtype).view(torch.int16))
-        magnitudes = codes.view(torch.int16).flatten(1) & 0x7FFF
-        return magnitudes.amax(1) < infinity
+        bits = codes.view(torch.int16).flatten(1)
+        # On a CPU one image at a time, so that the temporary stays in the cache.
+        parts = bits.split(1) if bits.is_cpu else [bits]
+        return torch.cat([(part & 0x7FFF).amax(1) for part in parts]) < infinity

@@ -10,6 +10,7 @@ The store and the images must be visible under the same names on every node.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -61,6 +62,11 @@ class _Actor:
             if self._loaded is None:
                 self._loaded = self._options.worker()
             return self._loaded
+
+    def load(self) -> None:
+        """Ahead of the first task, which says what goes wrong."""
+        with contextlib.suppress(Exception):
+            _ = self._worker
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         return getattr(self._worker, method)(*arguments)
@@ -149,6 +155,8 @@ class RayExecutor(Executor):
             max_concurrency=SHARDS_AHEAD + 1,
         )(_Actor)
         self._actors = [_Remote(number, actor.remote(options)) for number in range(self.workers)]
+        for each in self._actors:
+            each.handle.load.remote()  # while the images are scanned
         self._tally = Tally()
 
     def call(self, method: str, *arguments: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from featcache.executors.ranks import (
 )
 from featcache.extract import ExtractOptions, extract
 from featcache.files import read_json
+from featcache.journal import RowRecord
+from featcache.sources import ImageRef
+from featcache.tasks import PlannedImage, ShardTask
 from featcache.worker import ShardDone, WorkerOptions, WorkProgress
 from tests.support import feature_files
 
@@ -127,6 +131,14 @@ def test_which_executor(encoder_dir: Path, tmp_path: Path) -> None:
         assert isinstance(executor, InlineExecutor) and executor.workers == 1
     with pytest.raises(ConfigError, match="unknown executor 'slurm'; known are local, ray"):
         open_executor("slurm", 1, options)
+
+
+def test_a_task_is_sent_whole() -> None:
+    here, there = ImageRef("/data", "a.png"), ImageRef("s3://bucket", "b.png")
+    images = (PlannedImage(b"1" * 16, (here, there)), PlannedImage(b"2" * 16, ()))
+    was = (RowRecord(1, "", (4, 6), {"-2": 7}), RowRecord())
+    for task in (ShardTask(3, 2, images), ShardTask(0, 1, images[:1], was[:1])):
+        assert pickle.loads(pickle.dumps(task)) == task
 
 
 def test_the_tally_counts_what_a_lost_worker_had_committed() -> None:
