@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/align demo --out demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow

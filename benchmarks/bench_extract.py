@@ -1,6 +1,7 @@
 """How near an extraction comes to the bare encoder, and what a second worker brings.
 
-    python benchmarks/bench_extract.py                    siglip2-so400m at full size
+    python benchmarks/bench_extract.py                    siglip2-so400m; on 2 cores 10 minutes
+    python benchmarks/bench_extract.py --model siglip2-base-224 --images 128 --workers 2
     python benchmarks/bench_extract.py --model tiny --quick
 
 `align bench extract` says what is measured. Results: benchmarks/results/extract.jsonl.

@@ -27,7 +27,9 @@ PERCENTILES = ("p20", "p50", "p80")
     help="Where the formats are written, on the disk to measure.  [default: the temporary folder]",
 )
 @click.option(
-    "--images", type=click.IntRange(1), help="[default: 512, quick 64; of an extraction 128, 32]"
+    "--images",
+    type=click.IntRange(1),
+    help="[default: 512, quick 64; extract: 4096 on CUDA, else 16]",
 )
 @click.option("--shape", default="729x1152", show_default=True, help="Patches x width of an image.")
 @click.option("--providers", default="", metavar="A,B", help="Those whose names contain a word.")
@@ -35,9 +37,13 @@ PERCENTILES = ("p20", "p50", "p80")
     "--cache", "caches", metavar="A,B", help="Of warm, cold, small-ram.  [default: all of them]"
 )
 @click.option("--model", default="siglip2-so400m", show_default=True, help="extract: the encoder.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, help="extract: images a forward.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="extract: images a forward.  [default: 64 on CUDA, else 4]",
+)
 @click.option("--device", default="auto", help="extract: auto, cpu, cuda.")
-@click.option("--rounds", type=click.IntRange(1), help="extract  [default: 5, quick 1]")
+@click.option("--rounds", type=click.IntRange(1), help="extract  [default: 3, quick 1]")
 @click.option("--workers", type=click.IntRange(0), default=0, help="extract: against one core.")
 @click.option("--compile", "compiled", is_flag=True, help="extract: torch.compile the encoder.")
 @click.option(
@@ -52,7 +58,7 @@ def bench(
     providers: str,
     caches: str | None,
     model: str,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
     rounds: int | None,
     workers: int,
@@ -72,15 +78,19 @@ def bench(
 
     if what == "extract":
         from align.bench.extract import ExtractPlan
+        from featcache.device import resolve_device
 
-        return _extract(
-            ExtractPlan(
-                model, images or (32 if quick else 128), batch_size, rounds or (1 if quick else 5),
-                device, workers=workers, compile=compiled,
-            ),
-            folder,
-            out,
-        )  # fmt: skip
+        on_cuda = resolve_device(device).type == "cuda"
+        extraction = ExtractPlan(
+            model,
+            images=images or (4096 if on_cuda and not quick else 16),
+            batch_size=batch_size or (64 if on_cuda else 4),
+            rounds=rounds or (1 if quick else 3),
+            device=device,
+            workers=workers,
+            compile=compiled,
+        )
+        return _extract(extraction, folder, out)
 
     from align.bench import results
     from align.bench.providers import choose

@@ -45,3 +45,10 @@ def images_dir(tmp_path: Path) -> Path:
     """Ten small images."""
     write_images(tmp_path / "images", 10)
     return tmp_path / "images"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, a file's run in one: they share fixtures, and a machine
+    has one Ray."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(str(item.path)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,11 +17,8 @@ from featcache.encoders.preprocessing import Preprocessing
 from featcache.encoders.tower import RANDOM_REVISION, auto_config
 from featcache.errors import EncoderError
 from featcache.fingerprint import weights_digest
+from featcache.quiet import quiet
 from featcache.registry import ENCODERS, EncoderEntry
-
-_LOADING = threading.Lock()
-"""While it loads a model, transformers replaces `PreTrainedModel.tie_weights`. Of two threads that
-do so at once, the later one to end may leave the replacement in place for all models thereafter."""
 
 
 def load_encoder(
@@ -67,7 +63,7 @@ def load_encoder(
     if entry is not None and entry.resolution is not None:
         preprocessing = preprocessing.at(entry.resolution)
     preprocessing = preprocessing.with_fit(fit, name)
-    with _LOADING:
+    with quiet():
         if random_weights:
             model = family.random_model(name, config)
         else:
