@@ -62,8 +62,9 @@ STAGES = ("decode", "wait", "encode", "quantise", "write")
 """What time is told of. "decode" is summed over threads; "wait" is the encoder's, for pixels or for
 a free shard buffer; "encode" is the forward alone; "quantise" the codec, the copy to the CPU and
 the checksums; "write" the publishing, of both threads. All but "wait" happen at the same time."""
-_WRITERS = 2
-SHARDS_IN_MEMORY = _WRITERS + 1
+WRITERS = 2
+"""Threads that publish shards."""
+SHARDS_IN_MEMORY = WRITERS + 1
 """One being filled, the others being written."""
 BATCHES_AHEAD = 4
 """Batches decoded, or being decoded, ahead of the encoder."""
@@ -492,7 +493,7 @@ class _ShardWriter:
         self._counts, self._on_commit = counts, on_commit
         self._made = 0
         self._free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
-        self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="featcache-write")
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="featcache-write")
         self._under_way: set[Future[None]] = set()
         self._telling = threading.Lock()
         self._error: BaseException | None = None

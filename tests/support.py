@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,13 +64,16 @@ class Publications:
         self._name: str | None = None
         rename, unlink = Path.replace, Path.unlink
 
+        one_at_a_time = threading.Lock()
+
         def counted(path: Path, target: Path) -> Path:
-            if self._name is not None and self._name in Path(target).name:
-                self._after = self.count
-            if self._after is not None and self.count >= self._after:
-                raise Killed
-            self.count += 1
-            return rename(path, target)
+            with one_at_a_time:
+                if self._name is not None and self._name in Path(target).name:
+                    self._after = self.count
+                if self._after is not None and self.count >= self._after:
+                    raise Killed
+                self.count += 1
+                return rename(path, target)
 
         def kept(path: Path, missing_ok: bool = False) -> None:
             if self._after is None:

@@ -15,6 +15,7 @@ import pytest
 from cli.console import run
 from cli.failures import lines
 from cli.featcache import group
+from featcache import encode
 from featcache.errors import FeatcacheError
 from featcache.extract import ExtractOptions, extract
 from featcache.files import publish_json, with_checksum
@@ -80,6 +81,7 @@ def test_what_info_says(options: ExtractOptions, info, tmp_path: Path) -> None:
 def test_an_unfinished_store(
     options: ExtractOptions, info, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(encode, "WRITERS", 1)  # so that shards are published in order
     publications = Publications(monkeypatch)
     with publications.stopped(at="commit-00000001"), pytest.raises(Killed):
         extract(options)

@@ -3,8 +3,9 @@
     python tests/faults/kill_extract.py --kills 20
 
 The reference is an undisturbed run over the same images. Each victim is the real command in its
-own process, killed at a moment drawn uniformly between its imports and the end of the reference
-run, counted from its start; then one last run finishes the store. Exits 1 on any difference.
+own process, killed at a moment drawn uniformly from the time that it should take from its first
+write to its end, by what is left to do; then one last run finishes the store. Exits 1 on any
+difference.
 """
 
 from __future__ import annotations
@@ -39,26 +40,27 @@ def run(
     partial files found, files compared. Raises AssertionError where a byte differs."""
     chance = random.Random(seed)
     write_images(folder / "images", images)
-    start = time.monotonic()
     reference = subprocess.Popen(
         command(folder / "images", folder / "reference.zarr", model, codec),
         stderr=subprocess.DEVNULL,
     )
-    while reference.poll() is None and not list((folder / "reference.zarr").glob("journal/lock")):
-        time.sleep(0.02)
-    first_write = time.monotonic() - start
+    _wait_for_lock(reference, folder / "reference.zarr")
+    first_write = time.monotonic()
     assert reference.wait() == 0, "the undisturbed run failed"
-    end = time.monotonic() - start
+    writing_s = time.monotonic() - first_write
+    shards = len(list((folder / "reference.zarr").glob("journal/commit-*.json")))
 
     counts = {"killed": 0, "finished_before_the_kill": 0, "partial_files": 0, "committed": 0}
     out = folder / "killed.zarr"
     while counts["killed"] < kills:
-        delay = chance.uniform(0.9 * first_write, end)
+        (out / "journal/lock").unlink(missing_ok=True)
+        left = 1 - len(list(out.glob("journal/commit-*.json"))) / shards
         process = subprocess.Popen(
             command(folder / "images", out, model, codec), stderr=subprocess.DEVNULL
         )
+        _wait_for_lock(process, out)
         try:
-            process.wait(delay)
+            process.wait(chance.uniform(0, left * writing_s))
             counts["finished_before_the_kill"] += 1
             assert counts["finished_before_the_kill"] < 10 * kills, "no kill hits in time"
             # Start over, so that the remaining kills hit something.
@@ -82,6 +84,12 @@ def run(
     assert not different, f"bytes differ in {different}"
     assert not list(out.rglob(".partial-*")), "partial files were left behind"
     return counts | {"files_compared": len(found)}
+
+
+def _wait_for_lock(process: subprocess.Popen[bytes], store: Path) -> None:
+    """Until it has made the file that it locks, or has ended."""
+    while process.poll() is None and not (store / "journal/lock").exists():
+        time.sleep(0.01)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from align.bench.synthetic import write_store
 from benchmarks.bench_verify import measure
 from cli.console import run
 from cli.featcache import group
-from featcache import encoders, extract, layout, live, repair
+from featcache import encode, encoders, extract, layout, live, repair
 from featcache.codecs import CODECS
 from featcache.encoders import Encoder, Preprocessing
 from featcache.errors import FingerprintMismatch, StoreError
@@ -163,6 +163,7 @@ def test_what_a_stopped_run_left_is_no_problem(
     options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_images(tmp_path / "images" / "more", 6, seed=4)
+    monkeypatch.setattr(encode, "WRITERS", 1)  # so that shards are published in order
     publications = Publications(monkeypatch)
     with publications.stopped(at="commit-00000004"), pytest.raises(Killed):
         extract.extract(options)
