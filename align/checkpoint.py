@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from align.errors import CheckpointError
 from featcache.files import sync
 
-FORMAT = 1
+FORMAT = 2
 PREFIX = "step-"
 PARTIAL = ".partial-"
 

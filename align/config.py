@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import align
 from align.connectors import CONNECTORS, ConnectorConfig
+from align.connectors.layout import LayoutConfig
 from align.connectors.resampler import ResamplerConfig
 from align.data.dataset import DataConfig
 from align.data.templates import TemplateConfig
@@ -35,11 +36,12 @@ from featcache.reader import BUDGET_BYTES, CHECKS, DEPTH
 class FeaturesConfig:
     """Which features are trained on."""
 
-    layer: str | None = None
-    """The encoder layer as the store names it, e.g. "-2"; null takes the store's only layer."""
-    encoder: str | None = None
-    """The encoder that the recipe is for, as `featcache extract --model` takes it; a store of
-    another one is refused. null takes any."""
+    layers: list[str] = field(default_factory=list)
+    """The encoder layer of each store as the store names it, e.g. ["-2"]; empty takes a store's
+    only one."""
+    encoders: list[str] = field(default_factory=list)
+    """The encoder of each store that the recipe is for, as `featcache extract --model` takes it;
+    another one is refused. Empty takes any."""
 
 
 @dataclass
@@ -169,6 +171,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     connector: ConnectorConfig = field(default_factory=ResamplerConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

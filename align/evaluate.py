@@ -114,33 +114,31 @@ def evaluate(
     """
     decoding = decoding or run.config.eval
     of_split = run.splits.split(split)
-    loader = run.loader_of(list(of_split[:limit]))
+    own = list(of_split[:limit])
+    shown = shuffled(own) if shuffle_features else own
+    loader = run.loader_of(shown)
     usable = np.fromiter(loader.usable(), np.int64)
     if not len(usable):
-        raise DataError(f"none of {len(loader.samples)} samples can be evaluated: {loader.skipped}")
-    samples = [loader.samples[index] for index in usable]
-    shown = shuffled(samples) if shuffle_features else samples
+        raise DataError(f"none of {len(own)} samples can be evaluated: {loader.skipped}")
     key_of_row = {
         int(row): key
-        for sample in samples
-        for row, key in zip(sample.rows, sample.record.images, strict=True)
+        for sample in own
+        for row, key in zip(sample.rows[:, 0], sample.record.images, strict=True)
     }
 
     captions: list[Caption] = []
-    # The same records with perhaps other rows: what was tokenised above still holds.
-    of_shown = dict(zip(usable.tolist(), shown, strict=True))
-    loader.samples = [of_shown.get(i, sample) for i, sample in enumerate(loader.samples)]
-    batches = list(in_order(len(shown), decoding.batch_size))
-    on_progress(0, len(samples))
+    batches = list(in_order(len(usable), decoding.batch_size))
+    on_progress(0, len(usable))
     stream = loader.stream(usable[indices] for indices in batches)
     for indices, batch in zip(batches, stream, strict=True):
-        own = [shown[index] for index in indices.tolist()]
+        samples = [shown[index] for index in usable[indices].tolist()]
         batch = batch.to(run.model.device)
         losses, hits = score_tokens(run.model, batch)
-        said = generate(run.model, run.encoder, [s.record for s in own], batch.features, decoding)
-        for sample, loss, hit, generated in zip(own, losses, hits, said, strict=True):
+        records = [sample.record for sample in samples]
+        said = generate(run.model, run.encoder, records, batch.features, batch.sizes, decoding)
+        for sample, loss, hit, generated in zip(samples, losses, hits, said, strict=True):
             captions.append(_caption(sample, key_of_row, loss, hit, generated))
-        on_progress(len(captions), len(samples))
+        on_progress(len(captions), len(usable))
 
     name = f"{split}-shuffled" if shuffle_features else split
     result = EvalResult(
@@ -167,23 +165,29 @@ def shuffled(samples: Sequence[Sample], seed: int = SHUFFLE_SEED) -> list[Sample
 
     Raises DataError where there are too few images for that.
     """
-    rows = sorted({int(row) for sample in samples for row in sample.rows})
+    images = {int(rows[0]): rows for sample in samples for rows in sample.rows}
+    first = sorted(images)
     rng = np.random.default_rng(seed)
     for _ in range(100):
-        cycle = rng.permutation(rows)
+        cycle = rng.permutation(first)
         following = dict(zip(cycle.tolist(), np.roll(cycle, -1).tolist(), strict=True))
         exchanged = [
-            Sample(sample.record, np.array([following[int(row)] for row in sample.rows], np.int64))
+            Sample(
+                sample.record,
+                np.array(
+                    [images[following[int(rows[0])]] for rows in sample.rows], np.int64
+                ).reshape(sample.rows.shape),
+            )
             for sample in samples
         ]
         if all(
-            not np.isin(new.rows, old.rows).any()
+            not np.isin(new.rows[:, 0], old.rows[:, 0]).any()
             for new, old in zip(exchanged, samples, strict=True)
         ):
             return exchanged
     raise DataError(
-        f"{len(rows)} different image{'s' * (len(rows) != 1)} among {len(samples)} samples are too "
-        "few to give each sample another's; evaluate more samples"
+        f"{len(first)} different image{'s' * (len(first) != 1)} among {len(samples)} samples are "
+        "too few to give each sample another's; evaluate more samples"
     )
 
 
@@ -222,7 +226,7 @@ def _caption(
     return Caption(
         id=record.id,
         images=record.images,
-        shown=tuple(key_of_row[int(row)] for row in shown.rows),
+        shown=tuple(key_of_row[int(row)] for row in shown.rows[:, 0]),
         source=record.source,
         reference=reference,
         generated=generated,

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from align.config import EvalConfig
+from align.connectors import Size
 from align.data.tokens import SampleEncoder, TokenizedSample
 from align.vlm import AlignModel
 from featcache.codecs import StoredFeatures
@@ -38,14 +40,15 @@ def generate(
     model: AlignModel,
     encoder: SampleEncoder,
     records: Sequence[Record],
-    features: StoredFeatures | Tensor,
+    features: Sequence[StoredFeatures | Tensor],
+    sizes: Sequence[Size],
     config: EvalConfig,
 ) -> list[str]:
     """What the model says about each record's images, white space at the ends stripped.
 
     encoder: writes the prompts and knows the tokens that end an answer. records: B of them; an
-    answer they hold is not shown to the model. features: of I images, those of records[0],
-    then of records[1], ...; stored dtypes are fine.
+    answer they hold is not shown to the model. features, sizes: of I images, those of records[0],
+    then of records[1], ...: see `AlignModel.visual`.
     config.temperature 0 takes the most likely token; above it, sampling is from the fewest most
     likely tokens that hold `top_p` of the probability (Holtzman et al. 2020). A record's random
     numbers depend on config.seed and its id alone, not on the batch it is in.
@@ -57,14 +60,18 @@ def generate(
         raise ConfigError(f"eval.{problem}")
     llm = model.llm.model
     stops = torch.tensor(encoder.stop_ids, dtype=torch.int64, device=model.device)
-    prompts = [encoder.encode_prompt(record) for record in records]
+    slots = iter([model.connector.num_slots(size) for size in sizes])
+    prompts = [
+        encoder.encode_prompt(record, list(islice(slots, len(record.images)))) for record in records
+    ]
     input_ids, is_slot, mask = (
         padded.to(model.device) for padded in _left_padded(prompts, encoder.image_token_id)
     )
     uniform = _uniform(records, config).to(model.device)
     all_real = bool(mask.all())
 
-    embeds = model.inputs_embeds(input_ids, is_slot, features.to(model.device))
+    towers = [each.to(model.device) for each in features]
+    embeds = model.inputs_embeds(input_ids, is_slot, towers, sizes)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=llm.config)
     done = torch.zeros(len(records), dtype=torch.bool, device=model.device)

@@ -163,7 +163,7 @@ def _context(run_dir: Path) -> dict[str, Any]:
         ],
         "config": folder.config.read_text(),
         "documents": [
-            ("Store fingerprint", json.dumps(info["store"], indent=2)),
+            ("Store fingerprint", json.dumps(info["stores"], indent=2)),
             ("Language model", json.dumps(info["llm"], indent=2)),
         ],
     }

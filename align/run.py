@@ -18,14 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 import featcache
 from align.checkpoint import Checkpoint, find_checkpoint, load_connector
 from align.config import RunConfig, diff_fields, load_config
-from align.connectors import build_connector
+from align.connectors import Size, build_connector, check_connector
 from align.data.collate import Loader
 from align.data.dataset import DataSplits, Sample, build_splits, shards_of
 from align.data.sampling import StepSampler, Windows
@@ -36,11 +38,12 @@ from align.llm import SHIPPED, load_llm
 from align.vlm import AlignModel
 from featcache.codecs import LayerCodec, describe_codec, load_codec
 from featcache.device import resolve_device
+from featcache.encoders import fit_of
 from featcache.errors import ConfigError, FingerprintMismatch
 from featcache.files import publish_json
 from featcache.fingerprint import require_same
+from featcache.join import JoinReader, StoreJoin
 from featcache.object_path import StorePath, is_url, parse_location
-from featcache.reader import FeatureReader
 from featcache.registry import same_encoder
 from featcache.store import Store
 
@@ -92,27 +95,32 @@ class Run:
     """A run's parts, ready to train or to generate.
 
     path: its folder.
-    layer: the store's array that it reads.
+    stores: whose features it reads. layers: the array of each.
     step: optimizer steps that the connector has seen.
     """
 
     path: Path
     config: RunConfig
-    store: Store
-    layer: str
+    stores: StoreJoin
+    layers: tuple[str, ...]
     splits: DataSplits
     model: AlignModel
     encoder: SampleEncoder
     step: int = 0
     checkpoint: Checkpoint | None = None
     _loaders: dict[str, Loader] = field(default_factory=dict, repr=False)
-    _reader: FeatureReader | None = field(default=None, repr=False)
+    _reader: JoinReader | None = field(default=None, repr=False)
     _data: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> RunFolder:
         """Where it keeps what."""
         return RunFolder(self.path)
+
+    @property
+    def store(self) -> Store:
+        """The first store: what it was extracted from, and the images' sizes, hold for all."""
+        return self.stores.stores[0]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -131,16 +139,27 @@ class Run:
 
     def loader_of(self, samples: Sequence[Sample]) -> Loader:
         """Batches of these samples, read by the run's reader onto its device."""
-        return Loader(self.reader, samples, self.encoder, self.model.device)
+        return Loader(
+            self.reader,
+            samples,
+            self.encoder,
+            self.model.connector.num_slots,
+            self.store.sizes,
+            self.model.device,
+        )
+
+    def sizes_of(self, rows: NDArray[np.int64]) -> list[Size]:
+        """The original (width, height) of the images of rows int64[I, K], see `Sample.rows`."""
+        return [(width, height) for width, height in self.store.sizes[rows[:, 0]].tolist()]
 
     @property
-    def reader(self) -> FeatureReader:
-        """Of the run's layer: one for all splits, so that a row is checked and buffers are made
+    def reader(self) -> JoinReader:
+        """Of the run's layers: one for all splits, so that a row is checked and buffers are made
         once."""
         if self._reader is None:
             train = self.config.train
-            self._reader = self.store.reader(
-                self.layer,
+            self._reader = self.stores.reader(
+                self.layers,
                 threads=train.read_threads,
                 depth=train.read_ahead,
                 budget_bytes=train.read_budget_mb << 20,
@@ -187,7 +206,7 @@ class Run:
                 record = sample.record
                 parts = [record.id, *record.images, answer(record)]
                 digest.update(json.dumps(parts).encode() + b"\n")
-                images.update(digests[sample.rows].tobytes())
+                images.update(digests[sample.rows[:, 0]].tobytes())
             self._data = {
                 "train": len(self.splits.train),
                 "digest": digest.hexdigest(),
@@ -196,20 +215,18 @@ class Run:
             }
             if windows := self.sampler().windows:
                 self._data["shards"] = xxhash.xxh3_64_hexdigest(windows.shards.tobytes())
-        layer_codec = self.store.layer_codec(self.layer)
         return {
-            "store": self.store.fingerprint,
+            "stores": [store.fingerprint for store in self.stores.stores],
             "llm": self.model.llm.identity,
-            "widths": {
-                "num_patches": self.store.num_patches,
-                "in_width": self.store.width,
-                "out_width": self.model.llm.hidden_size,
-            },
-            "features": {
-                "layer": self.layer,
-                "codec": describe_codec(layer_codec),
-                "converted_from": self.store.source.get("converted_from"),
-            },
+            "widths": _widths(self.model),
+            "features": [
+                {
+                    "layer": layer,
+                    "codec": describe_codec(store.layer_codec(layer)),
+                    "converted_from": store.source.get("converted_from"),
+                }
+                for store, layer in zip(self.stores.stores, self.layers, strict=True)
+            ],
             "precision": "fp32" if self.model.autocast is None else "bf16",
             "data": self._data,
             "versions": versions(),
@@ -217,70 +234,92 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Speaker:
-    """What a trained run needs to say something about new images: neither its store nor its data.
+class Voice:
+    """How the features of one store were made that a run was trained on.
 
-    store: fingerprint of the store that it was trained on. layer: of the features in it.
-    codec: how they are stored.
+    fingerprint: of the store. layer: of the features in it. codec: how they are stored.
+    """
+
+    fingerprint: dict[str, Any]
+    layer: str
+    codec: LayerCodec
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """What a trained run needs to say something about new images: neither its stores nor its data.
+
+    voices: of each store that it was trained on.
     """
 
     path: Path
     config: RunConfig
     model: AlignModel
     encoder: SampleEncoder
-    store: dict[str, Any]
-    layer: str
-    codec: LayerCodec
+    voices: tuple[Voice, ...]
 
 
 def assemble(config: RunConfig, features: Sequence[StorePath | str], path: Path) -> Run:
-    """Opens the store, loads the language model, joins the data, builds an untrained connector.
+    """Opens the stores, loads the language model, joins the data, builds an untrained connector.
 
-    features: exactly one store for the connectors there are.
+    features: as many stores as the connector takes.
 
     Raises the errors of each part: StoreError, ModelError, DataError, ConfigError.
     """
-    if len(features) != 1:
-        raise ConfigError(
-            f"--features: connector {config.connector.name} reads one store, got {len(features)}"
-        )
     cache = config.train
-    store = featcache.open(
-        features[0],
-        cache_dir=cache.cache_dir,
-        cache_bytes=None if cache.cache_gb is None else int(cache.cache_gb * 1e9),
-    )
-    _check_encoder(config, store)
-    _require_one_length(store)
-    layer = _layer(config, store)
-    model, encoder = _build(config, store.num_patches, store.width)
+    opened = [
+        featcache.open(
+            store,
+            cache_dir=cache.cache_dir,
+            cache_bytes=None if cache.cache_gb is None else int(cache.cache_gb * 1e9),
+        )
+        for store in features
+    ]
+    _check_encoders(config, opened)
+    for store in opened:
+        _require_one_length(store)
+    stores = StoreJoin(opened)
+    layers = _layers(config, opened)
+    towers = [(store.num_patches, store.width) for store in opened]
+    # Before the language model is loaded, which may take minutes.
+    check_connector(config.connector, towers, config.layout)
+    padded = _are_padded(config, [store.fingerprint for store in opened])
+    model, encoder = _build(config, towers, padded)
     return Run(
         path=path,
         config=config,
-        store=store,
-        layer=layer,
-        splits=build_splits(config.data, config.template, store),
+        stores=stores,
+        layers=layers,
+        splits=build_splits(config.data, config.template, stores),
         model=model,
         encoder=encoder,
     )
 
 
-def _build(config: RunConfig, num_patches: int, in_width: int) -> tuple[AlignModel, SampleEncoder]:
+def _build(
+    config: RunConfig, towers: Sequence[tuple[int, int]], padded: bool
+) -> tuple[AlignModel, SampleEncoder]:
     """The language model with an untrained connector in front, and what writes its sequences."""
     device = resolve_device(config.train.device)
     bf16 = _is_bf16(config, device)
     llm = load_llm(config.llm, device, torch.bfloat16 if bf16 else torch.float32)
     torch.manual_seed(config.train.seed)
-    connector = build_connector(config.connector, in_width, num_patches, llm.hidden_size)
+    connector = build_connector(
+        config.connector, towers, llm.hidden_size, config.layout, padded=padded
+    )
     model = AlignModel(connector.to(device), llm, torch.bfloat16 if bf16 else None)
     encoder = SampleEncoder(
-        llm.tokenizer,
-        config.template,
-        connector.num_tokens,
-        llm.image_token_id,
-        config.data.max_length,
+        llm.tokenizer, config.template, llm.image_token_id, config.data.max_length
     )
     return model, encoder
+
+
+def _widths(model: AlignModel) -> dict[str, Any]:
+    """Between which a connector stands, JSON-able."""
+    return {
+        "towers": [list(tower) for tower in model.connector.towers],
+        "out_width": model.llm.hidden_size,
+    }
 
 
 def load_run(
@@ -327,14 +366,9 @@ def load_speaker(path: Path | str, checkpoint: str = "last") -> Speaker:
     config = load_config(folder.config)
     found = find_checkpoint(folder.checkpoints, checkpoint)
     state = found.state()
-    if "codec" not in state.get("features", {}):
-        raise CheckpointError(
-            f"{found.path}: does not say how its store keeps features, as it was written by an "
-            "earlier version; use `align eval`, or train again"
-        )
-    widths, features = state["widths"], state["features"]
-    model, encoder = _build(config, widths["num_patches"], widths["in_width"])
-    _check_same_model(state, model, widths, found)
+    towers = [(patches, width) for patches, width in state["widths"]["towers"]]
+    model, encoder = _build(config, towers, _are_padded(config, state["stores"]))
+    _check_same_model(state, model, found)
     load_connector(found, model.connector)
     model.eval()
     return Speaker(
@@ -342,9 +376,10 @@ def load_speaker(path: Path | str, checkpoint: str = "last") -> Speaker:
         config=config,
         model=model,
         encoder=encoder,
-        store=state["store"],
-        layer=features["layer"],
-        codec=load_codec(features["codec"]),
+        voices=tuple(
+            Voice(fingerprint, features["layer"], load_codec(features["codec"]))
+            for fingerprint, features in zip(state["stores"], state["features"], strict=True)
+        ),
     )
 
 
@@ -355,15 +390,21 @@ def restore(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
     tokenizer or encoder.
     """
     state = checkpoint.state()
-    require_same(
-        state["store"],
-        run.store.fingerprint,
-        left_name=str(checkpoint.path),
-        right_name=str(run.store.path),
-        cure="use the store that the run was trained on, or one of the same encoder and codec",
-    )
+    if len(state["stores"]) != len(run.stores.stores):
+        raise CheckpointError(
+            f"{checkpoint.path}: trained on {len(state['stores'])} stores, here are "
+            f"{len(run.stores.stores)}; give each of them with --features, in the same order"
+        )
+    for fingerprint, store in zip(state["stores"], run.stores.stores, strict=True):
+        require_same(
+            fingerprint,
+            store.fingerprint,
+            left_name=str(checkpoint.path),
+            right_name=str(store.path),
+            cure="use the store that the run was trained on, or one of the same encoder and codec",
+        )
     _check_same_features(state, run)
-    _check_same_model(state, run.model, run.identity()["widths"], checkpoint)
+    _check_same_model(state, run.model, checkpoint)
     load_connector(checkpoint, run.model.connector)
     run.step = checkpoint.step
     run.checkpoint = checkpoint
@@ -376,15 +417,16 @@ def _check_same_features(state: dict[str, Any], run: Run) -> None:
     The channel values of a codec may differ here: they are those of the images that each store was
     begun with.
     """
-    before, now = state.get("features", {}), run.identity()["features"]
-    compared = {name: before[name] for name in ("layer", "converted_from") if name in before}
-    require_same(
-        {"features": compared},
-        {"features": {name: now[name] for name in compared}},
-        left_name=f"{run.path}",
-        right_name=f"{run.store.path}",
-        cure="use the store that the run was trained on, or train on this one",
-    )
+    pairs = zip(state["features"], run.identity()["features"], run.stores.stores, strict=True)
+    for before, now, store in pairs:
+        compared = ("layer", "converted_from")
+        require_same(
+            {"features": {name: before[name] for name in compared}},
+            {"features": {name: now[name] for name in compared}},
+            left_name=f"{run.path}",
+            right_name=f"{store.path}",
+            cure="use the store that the run was trained on, or train on this one",
+        )
 
 
 def _check_same_division(state: dict[str, Any], run: Run) -> None:
@@ -403,16 +445,13 @@ def _check_same_division(state: dict[str, Any], run: Run) -> None:
     )
 
 
-def _check_same_model(
-    state: dict[str, Any], model: AlignModel, widths: dict[str, int], checkpoint: Checkpoint
-) -> None:
+def _check_same_model(state: dict[str, Any], model: AlignModel, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError where the checkpoint's connector was trained for another model."""
-    widths = {**widths, "out_width": model.llm.hidden_size}
     changed = [
         line
         for line in diff_fields(
             {"llm": state["llm"], "widths": state["widths"]},
-            {"llm": model.llm.identity, "widths": widths},
+            {"llm": model.llm.identity, "widths": _widths(model)},
         )
         # A model may be reached by another name; the probe tells whether it is another model.
         if not line.startswith(("llm.name:", "llm.revision:"))
@@ -463,13 +502,43 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     )
 
 
-def _check_encoder(config: RunConfig, store: Store) -> None:
-    wanted, there = config.features.encoder, store.fingerprint["encoder"]["name"]
-    if wanted is not None and not same_encoder(wanted, there):
-        raise FingerprintMismatch(
-            f"features.encoder={wanted}: {store.path} was extracted with {there}; extract with "
-            f"--model {wanted}, or set features.encoder=null to train on it all the same"
+def _check_encoders(config: RunConfig, stores: Sequence[Store]) -> None:
+    wanted = config.features.encoders
+    if not wanted:
+        return
+    if len(wanted) != len(stores):
+        raise ConfigError(
+            f"--features: {len(stores)} stores are given, the config is for {len(wanted)}: of "
+            f"{', '.join(wanted)}; give one of each, in this order"
         )
+    for name, store in zip(wanted, stores, strict=True):
+        there = store.fingerprint["encoder"]["name"]
+        if not same_encoder(name, there):
+            raise FingerprintMismatch(
+                f"features.encoders={name}: {store.path} was extracted with {there}; extract with "
+                f"--model {name}, or set features.encoders=[] to train on it all the same"
+            )
+
+
+def _are_padded(config: RunConfig, fingerprints: Sequence[dict[str, Any]]) -> bool:
+    """Whether images were padded to squares, in every store.
+
+    Raises ConfigError where the connector must know that and stores differ, or where unpadding is
+    asked for without.
+    """
+    fits = [fit_of(fingerprint).partition(":")[0] for fingerprint in fingerprints]
+    if config.layout.unpad and set(fits) != {"pad"}:
+        raise ConfigError(
+            f"layout.unpad=true: the images of the stores were fitted by {', '.join(fits)}, not "
+            "padded to a square; extract with --fit pad, or set layout.unpad=false"
+        )
+    if len(set(fits)) > 1 and "pad" in fits:
+        raise ConfigError(
+            f"--features: the images of the stores were fitted by {', '.join(fits)}, so that a "
+            "place in the features of one is another place in those of another; extract all of "
+            "them with the same --fit"
+        )
+    return fits[0] == "pad"
 
 
 def _require_one_length(store: Store) -> None:
@@ -481,18 +550,26 @@ def _require_one_length(store: Store) -> None:
         )
 
 
-def _layer(config: RunConfig, store: Store) -> str:
-    wanted = config.features.layer
+def _layers(config: RunConfig, stores: Sequence[Store]) -> tuple[str, ...]:
+    wanted = config.features.layers
+    if wanted and len(wanted) != len(stores):
+        raise ConfigError(
+            f"features.layers: {len(wanted)} are named for {len(stores)} stores; name one of each"
+        )
+    return tuple(_layer(store, wanted[i] if wanted else None) for i, store in enumerate(stores))
+
+
+def _layer(store: Store, wanted: str | None) -> str:
     if wanted is None:
         if len(store.layers) > 1:
             raise ConfigError(
                 f"{store.path} holds the layers {', '.join(store.layers)}; "
-                f"choose one with features.layer={store.layers[0]}"
+                f"choose one with features.layers=[{store.layers[0]}]"
             )
         return store.layers[0]
     if wanted not in store.layers:
         raise ConfigError(
-            f"features.layer={wanted}: {store.path} holds {', '.join(store.layers)}; "
+            f"features.layers={wanted}: {store.path} holds {', '.join(store.layers)}; "
             f"extract it with --layer {wanted}"
         )
     return wanted

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -181,10 +180,11 @@ class Session:
         file.write_text(json.dumps(document, indent=1), encoding="utf-8")
         head = f"step {step + 1}: loss {loss}, gradient norm {norm} are not finite"
         if images:
-            store = self.run.store.path
+            stores = [str(store.path) for store in self.run.stores.stores]
             raise DataError(
-                f"{head}, as the features of {_first(images)} in {store} are not (all in {file}); "
-                f"the store is damaged: run `featcache verify {store} --repair`, then --resume"
+                f"{head}, as the features of {_first(images)} in {' or '.join(stores)} are not "
+                f"(all in {file}); the store is damaged: run `featcache verify {stores[0]} "
+                "--repair`, then --resume"
             )
         raise AlignError(
             f"{head}; its samples are {_first(ids)} (all in {file}); start again with a lower "
@@ -197,17 +197,17 @@ class Session:
         Features are checked when they are written, so these were damaged on disk since.
         """
         samples = [self.run.splits.train[i] for i in self.sampler.step(step).tolist()]
-        row_of_key = {
-            key: row
+        rows_of_key = {
+            key: rows
             for sample in samples
-            for key, row in zip(sample.record.images, sample.rows, strict=True)
+            for key, rows in zip(sample.record.images, sample.rows, strict=True)
         }
         # One by one: a step may see more images than fit into memory at once.
-        with self.run.store.reader(self.run.layer, threads=1, depth=1, check="never") as reader:
+        with self.run.stores.reader(self.run.layers, threads=1, depth=1, check="never") as reader:
             return [
                 key
-                for key, row in row_of_key.items()
-                if not reader.read(np.array([row])).isfinite().all()
+                for key, rows in rows_of_key.items()
+                if not all(each.isfinite().all() for each in reader.read(rows[None]))
             ]
 
 
@@ -284,7 +284,8 @@ def start_session(
     folder.write_info(_info(session, features))
     _write_left_out(out / LEFT_OUT_FILE, splits.left_out_records)
     reader = run.reader
-    session.tell(NoticeEvent(f"features are read {reader.mode.why}; {reader.threads} threads"))
+    for each in reader.readers:
+        session.tell(NoticeEvent(f"features are read {each.mode.why}; {each.threads} threads"))
     session.tell(
         NoticeEvent(
             f"{len(splits.train):,} samples to train on, {len(splits.val):,} held out, "
@@ -314,7 +315,7 @@ def _info(session: Session, features: Sequence[StorePath | str]) -> dict[str, ob
     return {
         "status": "running",
         "features": absolute(features),
-        "store": run.store.fingerprint,
+        "stores": [store.fingerprint for store in run.stores.stores],
         "llm": run.model.llm.identity,
         "parameters": {
             "connector": sum(p.numel() for p in run.model.connector.parameters()),
@@ -401,13 +402,14 @@ def _check_same_learning(state: dict[str, Any], run: Run) -> None:
             f"{run.path}: cannot be resumed on other training samples: "
             f"{'; '.join(changed)}; give the data it was started with"
         )
-    codec_now = identity["features"]["codec"]
-    if state.get("features", {}).get("codec", codec_now) != codec_now:
-        raise CheckpointError(
-            f"{run.path}: cannot be resumed: {run.store.path} has other channel values of its "
-            f"codec {codec_now['name']} than the store it was started on, so its features are "
-            "rounded otherwise; use that store, or start another --out"
-        )
+    pairs = zip(state["features"], identity["features"], run.stores.stores, strict=True)
+    for before, now, store in pairs:
+        if before["codec"] != now["codec"]:
+            raise CheckpointError(
+                f"{run.path}: cannot be resumed: {store.path} has other channel values of its "
+                f"codec {now['codec']['name']} than the store it was started on, so its features "
+                "are rounded otherwise; use that store, or start another --out"
+            )
 
 
 @dataclass(slots=True)

@@ -51,7 +51,7 @@ def train(
 ) -> TrainResult:
     """Trains a connector on a feature store and leaves a run's folder in `out`.
 
-    features: one store.
+    features: one store, or as many as the connector takes.
     resume: go on from the newest checkpoint in `out`; starts anew where there is none.
     on_event: called with every event, in the order in which things happen.
 
@@ -166,9 +166,11 @@ def sample_captions(run: Run, count: int) -> SampleEvent:
 
     samples = run.splits.split("val")[:count]
     records = [sample.record for sample in samples]
+    rows = np.concatenate([sample.rows for sample in samples])
     with _eval_mode(run):
-        features = run.reader.read_stored(np.concatenate([sample.rows for sample in samples]))
-        texts = generate(run.model, run.encoder, records, features, run.config.eval)
+        features = run.reader.read_stored(rows)
+        sizes = run.sizes_of(rows)
+        texts = generate(run.model, run.encoder, records, features, sizes, run.config.eval)
     return SampleEvent(
         run.step,
         tuple(

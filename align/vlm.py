@@ -1,18 +1,19 @@
 """The trained whole: features -> connector -> frozen language model -> loss.
 
-B samples, I images in the batch, P patches, D encoder width, Q visual tokens per image,
+B samples, I images in the batch, P patches, D encoder width, S visual slots in the batch,
 H LLM width, T sequence length, N supervised positions in the batch, V vocabulary
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from align.connectors import Connector
+from align.connectors import Connector, Size
 from align.data.collate import Batch
 from align.errors import DataError
 from align.llm import FrozenLLM
@@ -23,9 +24,9 @@ from featcache.codecs import StoredFeatures
 class AlignModel(nn.Module):
     """A connector in front of a frozen language model.
 
-    1. `connector(features)`: float[I, P, D] -> visual tokens float[I, Q, H].
+    1. `connector(features, sizes)`: float[I, P, D] of each store -> slots float[S, H].
     2. Text embeddings are looked up without gradient; those of the slots are replaced, out of
-       place, by the visual tokens in their order.
+       place, in their order.
     3. The frozen backbone runs causally. Padding is on the right, so no real position looks at it
        and no mask is needed: the plain causal kernel runs.
     4. The supervised positions alone go through the output layer and the cross-entropy.
@@ -68,54 +69,67 @@ class AlignModel(nn.Module):
     def supervised_hidden(self, batch: Batch) -> Tensor:
         """float[N, H]: what the output layer makes the supervised tokens' logits of."""
         with self.precision():
-            embeds = self.inject(batch.input_ids, batch.slots, self.visual(batch.features))
+            embeds = self.inject(
+                batch.input_ids, batch.slots, self.visual(batch.features, batch.sizes)
+            )
             hidden = self.llm.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.predictors)
 
-    def visual(self, features: StoredFeatures | Tensor) -> Tensor:
-        """features float[I, P, D] in any dtype, or as stored -> visual tokens float[I, Q, H].
+    def visual(self, features: Sequence[StoredFeatures | Tensor], sizes: Sequence[Size]) -> Tensor:
+        """What is put into the slots, float[S, H], of the first image first.
 
-        Stored ones are decoded here, on the device.
+        features: of each store float[I, P, D] in any dtype, or as stored: these are decoded here,
+        on the device. sizes: the images' original (width, height).
 
         Raises DataError for another number of patches than the connector was built for.
         """
         # Not to autocast's dtype: a norm over the features comes first, and autocast computes norms
         # in fp32; what fp16 features lose in bf16 would be lost before it.
         dtype = next(self.connector.parameters()).dtype
-        if isinstance(features, StoredFeatures):
-            features = features.decode(dtype)
-        if features.shape[1] != self.connector.num_patches:
+        towers = [
+            each.decode(dtype) if isinstance(each, StoredFeatures) else each.to(dtype)
+            for each in features
+        ]
+        there, built = [each.shape[1] for each in towers], [P for P, _ in self.connector.towers]
+        if there != built:
             raise DataError(
-                f"the features have {features.shape[1]} patches an image, the connector was built "
-                f"for {self.connector.num_patches}; use features of the encoder it was trained with"
+                f"the features have {_listed(there)} patches an image, the connector was built "
+                f"for {_listed(built)}; use features of the encoder it was trained with"
             )
-        tokens: Tensor = self.connector(features.to(dtype))
-        return tokens
+        slots: Tensor = self.connector(towers, sizes)
+        return slots
 
     def inputs_embeds(
-        self, input_ids: Tensor, is_slot: Tensor, features: StoredFeatures | Tensor
+        self,
+        input_ids: Tensor,
+        is_slot: Tensor,
+        features: Sequence[StoredFeatures | Tensor],
+        sizes: Sequence[Size],
     ) -> Tensor:
         """What the backbone starts from, float[B, T, H], for padding on either side.
 
-        input_ids: int64[B, T]; is_slot: bool[B, T]; features: of I images, see `visual`, in the
-        order of their slots.
+        input_ids: int64[B, T]; is_slot: bool[B, T]; features, sizes: of I images, see `visual`, in
+        the order of their slots.
         """
         with self.precision():
             slots = is_slot.flatten().nonzero().squeeze(1)
-            return self.inject(input_ids, slots, self.visual(features))
+            return self.inject(input_ids, slots, self.visual(features, sizes))
 
     def inject(self, input_ids: Tensor, slots: Tensor, visual: Tensor) -> Tensor:
         """float[B, T, H]: embeddings of input_ids int64[B, T], with visual tokens in the slots.
 
-        slots: int64[I * Q], flat positions b * T + t, rising; visual: float[I, Q, H].
+        slots: int64[S], flat positions b * T + t, rising; visual: float[S, H].
         """
         with torch.no_grad():
             text = self.llm.embedding(input_ids)
-        tokens = visual.flatten(0, 1).to(text.dtype)
-        return text.flatten(0, 1).index_copy(0, slots, tokens).view_as(text)
+        return text.flatten(0, 1).index_copy(0, slots, visual.to(text.dtype)).view_as(text)
 
     def precision(self) -> AbstractContextManager[object]:
         """Autocast where it is asked for."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))

@@ -14,13 +14,19 @@ from featcache.object_path import StorePath
 @click.argument("run", type=Path)
 @click.argument("images", nargs=-1, required=True, type=console.LOCATION, metavar="IMAGE...")
 @click.option("--checkpoint", default="last", show_default=True, help="last, best or a step.")
-@click.option("--encoder", metavar="NAME", help="Where the encoder is now [the store's name].")
+@click.option(
+    "--encoder",
+    "encoders",
+    multiple=True,
+    metavar="NAME",
+    help="Where the encoder is now [the store's name]; with several stores one for each.",
+)
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy [the run's setting].")
 def caption(
     run: Path,
     images: tuple[StorePath, ...],
     checkpoint: str,
-    encoder: str | None,
+    encoders: tuple[str, ...],
     temperature: float | None,
 ) -> console.Document:
     """Caption images on the live path: encode, connect, generate.
@@ -32,7 +38,7 @@ def caption(
     from align.run import load_speaker
 
     loaded = load_speaker(run, checkpoint)
-    said = caption_images(loaded, images, encoder=encoder, temperature=temperature)
+    said = caption_images(loaded, images, encoders=encoders, temperature=temperature)
     for path, text in zip(images, said, strict=True):
         console.say(f"{path}: {text}")
     return {

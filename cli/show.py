@@ -32,8 +32,9 @@ def show(
     run = assemble(load_config(config, overrides), list(features), Path())
     samples, views = [], []
     for sample in run.splits.train[:count]:
+        slots = [run.model.connector.num_slots(size) for size in run.sizes_of(sample.rows)]
         try:
-            view = describe(sample.record, run.encoder)
+            view = describe(sample.record, run.encoder, slots)
         except TemplateError as error:
             console.say(f"{sample.record.id}: cannot be trained on: {error}")
             continue

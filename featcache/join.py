@@ -86,8 +86,12 @@ class JoinReader:
         self, rows: np.ndarray[Any, Any], dtype: torch.dtype | None = None
     ) -> tuple[Tensor, ...]:
         """rows: int64[I, S]. Returns [I, P, D] of each store, see `FeatureReader.read`."""
+        return tuple(stored.decode(dtype) for stored in self.read_stored(rows))
+
+    def read_stored(self, rows: np.ndarray[Any, Any]) -> tuple[StoredFeatures, ...]:
+        """`read`, as they lie in the stores."""
         begun = [reader.begin(rows[:, s]) for s, reader in enumerate(self.readers)]
-        return tuple(reading.result().decode(dtype) for reading in begun)
+        return tuple(reading.result() for reading in begun)
 
     def stream(
         self, batches: Iterable[np.ndarray[Any, Any]], device: torch.device | None = None

@@ -11,7 +11,8 @@ This file imports nothing but torch and can be copied into another project as it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -30,8 +31,11 @@ class MlpConfig:
         if self.depth < 1:
             yield f"depth: must be at least 1, got {self.depth}"
 
-    def build(self, in_width: int, num_patches: int, out_width: int) -> Mlp:
-        """The module for an encoder of `num_patches` x `in_width` and an LLM of `out_width`."""
+    def build(self, towers: Sequence[tuple[int, int]], out_width: int) -> Mlp:
+        """towers: (P, D) of one encoder. Raises ValueError for several."""
+        if len(towers) != 1:
+            raise ValueError(f"takes the features of one encoder, got {len(towers)}")
+        ((num_patches, in_width),) = towers
         return Mlp(self, in_width, num_patches, out_width)
 
 
@@ -44,7 +48,8 @@ class Mlp(nn.Module):
     def __init__(self, config: MlpConfig, in_width: int, num_patches: int, out_width: int) -> None:
         super().__init__()
         self.num_tokens = num_patches
-        self.num_patches = num_patches
+        side = math.isqrt(num_patches)
+        self.grid = (side, side) if side * side == num_patches else None
         layers: list[nn.Module] = [nn.Linear(in_width, out_width)]
         for _ in range(config.depth - 1):
             layers += [nn.GELU(), nn.Linear(out_width, out_width)]

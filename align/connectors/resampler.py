@@ -13,7 +13,7 @@ This file imports nothing but torch and can be copied into another project as it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +66,11 @@ class ResamplerConfig:
             width = self.heads * self.head_dim
             yield f'position: "sincos" needs heads * head_dim divisible by 4, got {width}'
 
-    def build(self, in_width: int, num_patches: int, out_width: int) -> Resampler:
-        """The module for an encoder of `num_patches` x `in_width` and an LLM of `out_width`."""
+    def build(self, towers: Sequence[tuple[int, int]], out_width: int) -> Resampler:
+        """towers: (P, D) of one encoder. Raises ValueError for several."""
+        if len(towers) != 1:
+            raise ValueError(f"takes the features of one encoder, got {len(towers)}")
+        ((num_patches, in_width),) = towers
         return Resampler(self, in_width, num_patches, out_width)
 
 
@@ -122,7 +125,7 @@ class Resampler(nn.Module):
         width = config.heads * config.head_dim
         hidden = round(out_width * config.mlp_ratio)
         self.num_tokens = config.num_latents
-        self.num_patches = num_patches
+        self.grid = None
         self.vision_norm = nn.LayerNorm(in_width) if config.vision_norm else None
         self.proj_in = nn.Linear(in_width, width)
         # Latents of equal size would stay equal: attention could not tell them apart.

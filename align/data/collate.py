@@ -1,13 +1,13 @@
 """Token sequences and features -> one padded batch, read from the store ahead of its use.
 
 B samples, I images in the batch, P patches, D encoder width, T longest sequence,
-S visual slots in the batch, N supervised positions in the batch
+S visual slots in the batch, N supervised positions in the batch, K stores, R rows of a store
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from align.connectors import Size
 from align.data.dataset import LeftOut, Sample
 from align.data.tokens import IGNORE, SampleEncoder, TokenizedSample
 from align.errors import TemplateError
 from featcache.codecs import StoredFeatures
-from featcache.reader import FeatureReader
+from featcache.join import JoinReader
 
 
 @dataclass(slots=True)
@@ -29,21 +30,23 @@ class Batch:
     input_ids: int64[B, T]; slots carry the image token, padding the id 0 (nothing looks at it).
     labels: int64[B, T]; IGNORE where not supervised, not shifted.
     is_slot: bool[B, T].
-    features: of I images as they lie in the store, those of sample 0 first; or float[I, P, D].
+    features: of each store those of I images, of sample 0 first: as stored, or float[I, P, D].
+    sizes: I original (width, height).
     slots: int64[S], flat positions b * T + t of the slots, in order.
     predictors: int64[N], flat positions whose next token is supervised.
     targets: int64[N], those next tokens.
     ids: B record ids.
     keys: I image keys.
 
-    The last four lines hold nothing that the first three do not; they are worked out here, on the
-    CPU, so that no step waits for the device to count a mask.
+    `slots`, `predictors` and `targets` hold nothing that `is_slot` and `labels` do not; they are
+    worked out here, on the CPU, so that no step waits for the device to count a mask.
     """
 
     input_ids: Tensor
     labels: Tensor
     is_slot: Tensor
-    features: StoredFeatures | Tensor
+    features: tuple[StoredFeatures | Tensor, ...]
+    sizes: list[Size]
     slots: Tensor
     predictors: Tensor
     targets: Tensor
@@ -68,9 +71,11 @@ class Batch:
             input_ids=move(self.input_ids),
             labels=move(self.labels),
             is_slot=move(self.is_slot),
-            features=self.features.to(device)
-            if isinstance(self.features, StoredFeatures)
-            else move(self.features),
+            features=tuple(
+                each.to(device) if isinstance(each, StoredFeatures) else move(each)
+                for each in self.features
+            ),
+            sizes=self.sizes,
             slots=move(self.slots),
             predictors=move(self.predictors),
             targets=move(self.targets),
@@ -82,9 +87,10 @@ class Batch:
 def collate(
     tokenized: Sequence[TokenizedSample],
     samples: Sequence[Sample],
-    features: StoredFeatures | Tensor,
+    features: Sequence[StoredFeatures | Tensor],
+    sizes: Sequence[Size],
 ) -> Batch:
-    """Pads on the right to the longest sample. features: of all their images, see Batch.
+    """Pads on the right to the longest sample. features, sizes: of all their images, see Batch.
 
     Of no samples a batch without rows, of which nothing is learned.
     """
@@ -105,7 +111,8 @@ def collate(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         is_slot=torch.from_numpy(is_slot),
-        features=features,
+        features=tuple(features),
+        sizes=list(sizes),
         slots=torch.from_numpy(np.flatnonzero(is_slot)),
         predictors=torch.from_numpy(b * T + t),
         targets=torch.from_numpy(labels[b, t + 1]),
@@ -122,13 +129,17 @@ CACHED_SAMPLES = 50_000
 class Loader:
     """Streams batches of a split; features are read in the background, in order.
 
-    device: where the features of a stream are wanted; None leaves them where they were read.
+    num_slots: of an image of some original size. sizes: int32[R, 2], the original (width, height)
+    of the first store's rows. device: where the features of a stream are wanted; None leaves them
+    where they were read.
     skipped: samples that turned out, once tokenised, to have nothing to learn.
     """
 
-    reader: FeatureReader
+    reader: JoinReader
     samples: Sequence[Sample]
     encoder: SampleEncoder
+    num_slots: Callable[[Size], int]
+    sizes: NDArray[np.int32]
     device: torch.device | None = None
     skipped: LeftOut = field(default_factory=LeftOut)
     _tokenized: dict[int, TokenizedSample] = field(default_factory=dict, repr=False)
@@ -146,28 +157,41 @@ class Loader:
             for indices in index_batches:
                 tokenized, samples = self._tokenize(indices)
                 ahead.append((tokenized, samples))
-                if samples:  # there is nothing to read for the others
-                    yield np.concatenate([sample.rows for sample in samples])
+                if any(len(sample.rows) for sample in samples):  # else there is nothing to read
+                    yield self._rows(samples)
 
-        nothing = self.reader.read_stored(np.empty(0, np.int64))
+        nothing = self.reader.read_stored(self._rows([]))
         for features in self.reader.stream(rows(), self.device):
-            while not ahead[0][0]:
-                yield collate(*ahead.popleft(), nothing)
-            yield collate(*ahead.popleft(), features)
+            while not any(len(sample.rows) for sample in ahead[0][1]):
+                yield collate(*ahead.popleft(), nothing, [])
+            tokenized, samples = ahead.popleft()
+            yield collate(tokenized, samples, features, self._sizes(samples))
         while ahead:
-            yield collate(*ahead.popleft(), nothing)
+            yield collate(*ahead.popleft(), nothing, [])
 
     def load(self, indices: NDArray[np.int64]) -> Batch:
         """One batch with memory of its own, without the samples that cannot be used."""
         tokenized, samples = self._tokenize(indices)
-        rows = [np.empty(0, np.int64), *(sample.rows for sample in samples)]
-        return collate(tokenized, samples, self.reader.read_stored(np.concatenate(rows)))
+        features = self.reader.read_stored(self._rows(samples))
+        return collate(tokenized, samples, features, self._sizes(samples))
 
     def usable(self) -> Iterator[int]:
         """Indices of the samples that a sequence can be made of; the others go to `skipped`."""
         for index in range(len(self.samples)):
             if self._tokenize(np.array([index]))[0]:
                 yield index
+
+    def sizes_of(self, sample: Sample) -> list[Size]:
+        """Of its images."""
+        return [(width, height) for width, height in self.sizes[sample.rows[:, 0]].tolist()]
+
+    def _rows(self, samples: Sequence[Sample]) -> NDArray[np.int64]:
+        """int64[I, K]: of all their images."""
+        nothing = np.empty((0, len(self.reader.readers)), np.int64)
+        return np.concatenate([nothing, *(sample.rows for sample in samples)])
+
+    def _sizes(self, samples: Sequence[Sample]) -> list[Size]:
+        return [size for sample in samples for size in self.sizes_of(sample)]
 
     def _tokenize(self, indices: NDArray[np.int64]) -> tuple[list[TokenizedSample], list[Sample]]:
         tokenized: list[TokenizedSample] = []
@@ -176,8 +200,9 @@ class Loader:
             sample = self.samples[index]
             known = self._tokenized.get(index)
             if known is None:
+                slots = [self.num_slots(size) for size in self.sizes_of(sample)]
                 try:
-                    known = self.encoder.encode(sample.record)
+                    known = self.encoder.encode(sample.record, slots)
                 except TemplateError as error:
                     if index not in self._unusable:  # counted once, not once an epoch
                         self._unusable.add(index)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from align.data.templates import TemplateConfig, render
 from align.errors import DataError, TemplateError
+from featcache.join import StoreJoin
 from featcache.manifests import Record, read_manifest
 from featcache.object_path import StorePath, parse_location
 from featcache.store import Store
@@ -114,7 +115,7 @@ class LeftOut:
 class Sample:
     """A record whose images all have features.
 
-    rows: int64[k], the store's row of each of the record's k images.
+    rows: int64[k, K], of each of the record's k images the row in each of K stores.
     """
 
     record: Record
@@ -180,8 +181,8 @@ def _place(file: str) -> StorePath:
     return path.resolve() if isinstance(path, Path) else path
 
 
-def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> DataSplits:
-    """Reads the data files, joins them with the store by image key, and holds out a split.
+def build_splits(config: DataConfig, template: TemplateConfig, stores: StoreJoin) -> DataSplits:
+    """Reads the data files, joins them with the stores by image key, and holds out a split.
 
     A record's side is decided before it is known whether it has features: those of another store,
     or of this one after a repair, leave every other record where it was.
@@ -195,12 +196,12 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
             f"data.val_files: {', '.join(twice)} is in data.files as well; what is trained on "
             "cannot be held out: name it in one of them"
         )
-    config = with_sources(config, store)
+    config = with_sources(config, stores.stores[0])
     assert config.images is not None
     files, images = config.files, config.images
     unusable: list[LeftOutRecord] = []
     missing: list[LeftOutRecord] = []
-    joined, found = _load(files, images, template, store, unusable, missing, config.max_samples)
+    joined, found = _load(files, images, template, stores, unusable, missing, config.max_samples)
     records = [each.record if isinstance(each, Sample) else each for each in joined]
     if config.val_files:
         held_out = np.zeros(len(records), np.bool_)
@@ -210,20 +211,19 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
     if not train:
         left_out = LeftOut.of(unusable + missing)
         why = str(left_out) if left_out.total else "the files are empty"
-        cure = f"; {_how_to_add_features(store)}" if missing else ""
+        cure = f"; {_how_to_add_features(stores)}" if missing else ""
         raise DataError(
             f"{', '.join(map(str, files))}: none of {found:,} records can be trained on with "
-            f"{store.path}: {why}{cure}"
+            f"{_paths(stores)}: {why}{cure}"
         )
     found_val = shared = 0
     if config.val_files:
         joined_val, found_val = _load(
-            config.val_files, images, template, store, unusable, missing, None
+            config.val_files, images, template, stores, unusable, missing, None
         )
         val = _usable(joined_val, np.ones(len(joined_val), np.bool_))
-        trained_on = {row for sample in train for row in sample.rows.tolist()}
-        shared = len(trained_on & {row for sample in val for row in sample.rows.tolist()})
-    _require_features(len(train) + len(val), missing, config.max_missing, store)
+        shared = len(_first_rows(train) & _first_rows(val))
+    _require_features(len(train) + len(val), missing, config.max_missing, stores)
     left_out_records = unusable + missing
     return DataSplits(
         train=train,
@@ -237,7 +237,8 @@ def build_splits(config: DataConfig, template: TemplateConfig, store: Store) -> 
 
 
 def shards_of(samples: Sequence[Sample], shard_images: int) -> NDArray[np.int32]:
-    """int32[n]: which shard each sample's first image lies in; 0..S - 1 count those in use.
+    """int32[n]: which shard of the first store each sample's first image lies in; 0..S - 1 count
+    those in use.
 
     Samples without images, which nothing is read for, are dealt out to all shards in turn: a
     shuffle within windows of shards then has them everywhere, not all at once.
@@ -245,7 +246,9 @@ def shards_of(samples: Sequence[Sample], shard_images: int) -> NDArray[np.int32]
     shard_images: rows a shard.
     """
     first = np.fromiter(
-        (sample.rows[0] if len(sample.rows) else -1 for sample in samples), np.int64, len(samples)
+        (sample.rows[0, 0] if len(sample.rows) else -1 for sample in samples),
+        np.int64,
+        len(samples),
     )
     has_image = first >= 0
     used, number = np.unique(first[has_image] // shard_images, return_inverse=True)
@@ -271,7 +274,7 @@ def _division(records: Sequence[Record], held_out: NDArray[np.bool_]) -> str:
 
 
 def _require_features(
-    usable: int, missing: Sequence[LeftOutRecord], max_missing: float, store: Store
+    usable: int, missing: Sequence[LeftOutRecord], max_missing: float, stores: StoreJoin
 ) -> None:
     """Raises DataError where too many of the usable and the `missing` records are `missing`."""
     total = usable + len(missing)
@@ -279,14 +282,27 @@ def _require_features(
         return
     enough = -(-100 * len(missing) // total) / 100  # rounded up, so that it is accepted
     raise DataError(
-        f"{store.path}: {len(missing):,} of {total:,} records have no features in it, "
+        f"{_paths(stores)}: {len(missing):,} of {total:,} records have no features in it, "
         f"{len(missing) / total:.1%} where data.max_missing={max_missing:g} allows "
-        f"{max_missing:.1%}: {LeftOut.of(missing)}; {_how_to_add_features(store)}; to do without "
+        f"{max_missing:.1%}: {LeftOut.of(missing)}; {_how_to_add_features(stores)}; to do without "
         f"them, set data.max_missing={enough:g} (for `align eval`, in the run's config.yaml)"
     )
 
 
-def _how_to_add_features(store: Store) -> str:
+def _first_rows(samples: Sequence[Sample]) -> set[int]:
+    """Rows of the first store."""
+    return {row for sample in samples for row in sample.rows[:, 0].tolist()}
+
+
+def _paths(stores: StoreJoin) -> str:
+    return " and ".join(str(store.path) for store in stores.stores)
+
+
+def _how_to_add_features(stores: StoreJoin) -> str:
+    return "; ".join(map(_how_to_add_to, stores.stores))
+
+
+def _how_to_add_to(store: Store) -> str:
     listed = f"`featcache failures {store.path}` lists the images to mend first"
     if store.form.one_file:
         return (
@@ -329,7 +345,7 @@ def _load(
     files: Sequence[str | Path],
     images: str | Path,
     template: TemplateConfig,
-    store: Store,
+    stores: StoreJoin,
     unusable: list[LeftOutRecord],
     missing: list[LeftOutRecord],
     limit: int | None,
@@ -353,7 +369,7 @@ def _load(
             fitting.append(record)
     joined: list[Sample | Record] = []
     usable = 0
-    for each in _join(fitting, store, missing):
+    for each in _join(fitting, stores, missing):
         joined.append(each)
         usable += isinstance(each, Sample)
         if usable == limit:
@@ -362,20 +378,23 @@ def _load(
 
 
 def _join(
-    records: Sequence[Record], store: Store, missing: list[LeftOutRecord]
+    records: Sequence[Record], stores: StoreJoin, missing: list[LeftOutRecord]
 ) -> Iterator[Sample | Record]:
-    """Samples of the records whose images all have a row; the others as they are, and added to
-    `missing`."""
-    rows = store.rows([key for record in records for key in record.images])
+    """Samples of the records whose images all have a row in every store; the others as they are,
+    and added to `missing`."""
+    rows = stores.rows([key for record in records for key in record.images])
     start = 0
     for record in records:
         own = rows[start : start + len(record.images)]
         start += len(record.images)
-        absent = [record.images[i] for i in np.flatnonzero(own < 0)]
-        if absent:
-            why = {key: store.reason(key) for key in absent}
+        if (own < 0).any():
+            # Of an image that several stores lack, what the first of them says.
+            why = {
+                record.images[i]: stores.stores[int((own[i] < 0).argmax())].reason(record.images[i])
+                for i in np.flatnonzero((own < 0).any(1)).tolist()
+            }
             # The ledger's detail differs from file to file; its first word is what can be counted.
-            reason = f"image {why[absent[0]].split(':')[0]}"
+            reason = f"image {next(iter(why.values())).split(':')[0]}"
             detail = "; ".join(f"{key}: {text}" for key, text in why.items())
             missing.append(LeftOutRecord(record.id, reason, detail, record.images))
             yield record

@@ -1,6 +1,6 @@
 """Segments -> token ids, labels and slots, with the spans known while they are put together.
 
-T sequence length, Q visual tokens per image
+T sequence length
 """
 
 from __future__ import annotations
@@ -51,11 +51,10 @@ class TokenizedSample:
 
 
 class SampleEncoder:
-    """Records -> token sequences, for one tokenizer, template and number of visual tokens.
+    """Records -> token sequences, for one tokenizer and template.
 
     tokenizer: of the language model.
     template: how records are written.
-    num_tokens: visual tokens per image, Q.
     image_token_id: the existing token that slots carry.
     max_length: longest sequence in tokens; longer ones lose the end of their answer.
     """
@@ -64,13 +63,11 @@ class SampleEncoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         template: TemplateConfig,
-        num_tokens: int,
         image_token_id: int,
         max_length: int,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self.num_tokens = num_tokens
         self.image_token_id = image_token_id
         self.max_length = max_length
         self._start = _start_ids(tokenizer)
@@ -105,13 +102,13 @@ class SampleEncoder:
         stop = stop_text(self.template)
         return (text if stop is None else text.split(stop, 1)[0]).strip()
 
-    def encode(self, record: Record) -> TokenizedSample:
-        """The whole sample, cut to `max_length` from its end.
+    def encode(self, record: Record, slots: Sequence[int]) -> TokenizedSample:
+        """The whole sample, cut to `max_length` from its end. slots: of each of its images.
 
         Raises TemplateError where the record does not fit the template, or where cutting would
         reach the last image or leave nothing to learn.
         """
-        sample = self.assemble(render(record, self.template))
+        sample = self.assemble(render(record, self.template), slots)
         if len(sample.input_ids) <= self.max_length:
             return sample
         cut = TokenizedSample(
@@ -125,15 +122,18 @@ class SampleEncoder:
             )
         return cut
 
-    def encode_prompt(self, record: Record) -> TokenizedSample:
+    def encode_prompt(self, record: Record, slots: Sequence[int]) -> TokenizedSample:
         """What generation starts from: everything before the answer, nothing supervised."""
-        return self.assemble(render_prompt(record, self.template))
+        return self.assemble(render_prompt(record, self.template), slots)
 
-    def assemble(self, segments: list[Segment]) -> TokenizedSample:
-        """Segments -> one uncut sequence; begin-of-text in front where the tokenizer wants it."""
+    def assemble(self, segments: list[Segment], slots: Sequence[int]) -> TokenizedSample:
+        """Segments -> one uncut sequence; begin-of-text in front where the tokenizer wants it.
+
+        slots: of each image.
+        """
         ids = list(self._start)
         supervised: list[slice] = []
-        slots: list[slice] = []
+        places: list[slice] = []
         for segment in segments:
             start = len(ids)
             match segment:
@@ -141,9 +141,9 @@ class SampleEncoder:
                     ids += self._ids(text) if is_learned else self._repeated_ids(text)
                     if is_learned:
                         supervised.append(slice(start, len(ids)))
-                case Slots():
-                    ids += [self.image_token_id] * self.num_tokens
-                    slots.append(slice(start, len(ids)))
+                case Slots(image):
+                    ids += [self.image_token_id] * slots[image]
+                    places.append(slice(start, len(ids)))
                 case EndOfText(is_learned):
                     if self._eos is None:
                         raise TemplateError(
@@ -158,7 +158,7 @@ class SampleEncoder:
         is_slot = np.zeros(len(ids), np.bool_)
         for span in supervised:
             labels[span] = input_ids[span]
-        for span in slots:
+        for span in places:
             is_slot[span] = True
         return TokenizedSample(input_ids, labels, is_slot)
 
@@ -185,7 +185,7 @@ class TokenView:
 class SampleView:
     """What the model sees of one record, and what it learns from it.
 
-    text: the sequence as text, with "<image k x Q>" for the slots of image k.
+    text: the sequence as text, with "<image k x N>" for the N slots of image k.
     target: the supervised text.
     """
 
@@ -195,18 +195,18 @@ class SampleView:
     tokens: tuple[TokenView, ...]
 
 
-def describe(record: Record, encoder: SampleEncoder) -> SampleView:
-    """One record as `align show` prints it.
+def describe(record: Record, encoder: SampleEncoder, slots: Sequence[int]) -> SampleView:
+    """One record as `align show` prints it. slots: of each of its images.
 
     Raises TemplateError as `SampleEncoder.encode` does.
     """
-    sample = encoder.encode(record)
+    sample = encoder.encode(record, slots)
     decode = encoder.tokenizer.decode
     views: list[TokenView] = []
-    image_of_slot = (np.cumsum(sample.is_slot) - 1) // encoder.num_tokens + 1
+    image_of_slot = iter(np.repeat(np.arange(1, len(slots) + 1), slots).tolist())
     for i, token_id in enumerate(sample.input_ids.tolist()):
         is_slot = bool(sample.is_slot[i])
-        token = f"<image {image_of_slot[i]}>" if is_slot else decode([token_id])
+        token = f"<image {next(image_of_slot)}>" if is_slot else decode([token_id])
         views.append(TokenView(token_id, token, is_slot, bool(sample.labels[i] != IGNORE)))
 
     parts: list[str] = []
@@ -214,7 +214,8 @@ def describe(record: Record, encoder: SampleEncoder) -> SampleView:
     for i, view in enumerate(views):
         if view.is_slot:
             if i == 0 or views[i - 1].token != view.token:
-                parts += [decode(run), f"{view.token[:-1]} x {encoder.num_tokens}>"]
+                count = slots[int(view.token.strip("<image >")) - 1]
+                parts += [decode(run), f"{view.token[:-1]} x {count}>"]
                 run = []
         else:
             run.append(view.id)

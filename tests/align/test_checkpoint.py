@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from align.checkpoint import (
     find_checkpoint,
@@ -19,18 +20,17 @@ from align.checkpoint import (
     restore_rng,
     save_checkpoint,
 )
-from align.connectors import Connector, build_connector
 from align.connectors.resampler import ResamplerConfig
 from align.errors import CheckpointError
 from align.optim import OptimConfig, build_optimizer
 
 
-def make(width: int = 12, out_width: int = 20, **changes: object) -> Connector:
+def make(width: int = 12, out_width: int = 20, **changes: object) -> nn.Module:
     settings = {"num_latents": 3, "heads": 2, "head_dim": 4, "depth": 1, **changes}
-    return build_connector(ResamplerConfig(**settings), width, 4, out_width)  # type: ignore[arg-type]
+    return ResamplerConfig(**settings).build([(4, width)], out_width)  # type: ignore[arg-type]
 
 
-def trained() -> tuple[Connector, torch.optim.AdamW]:
+def trained() -> tuple[nn.Module, torch.optim.AdamW]:
     connector = make()
     optimizer = build_optimizer(OptimConfig(), connector)
     for _ in range(2):
@@ -189,7 +189,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         load_connector(saved, make())
     state = saved.path / "state.json"
     state.write_text(json.dumps({"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
         saved.state()
     state.write_text("{")
     with pytest.raises(

@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from align.connectors import build_connector
 from align.connectors.mlp import MlpConfig
 from align.connectors.resampler import ResamplerConfig
 from align.errors import ModelError
@@ -107,7 +106,7 @@ def test_the_figures_the_design_argues_with(
     ids=str,
 )
 def test_a_connectors_step_is_what_torch_counts(config: ResamplerConfig | MlpConfig) -> None:
-    connector = build_connector(config, in_width=24, num_patches=9, out_width=40)
+    connector = config.build([(9, 24)], 40)
     features = torch.randn(2, 9, 24)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         connector(features).sum().backward()

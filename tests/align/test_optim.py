@@ -8,7 +8,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from align.connectors import build_connector
 from align.connectors.resampler import ResamplerConfig
 from align.optim import OptimConfig, build_optimizer, lr_at, split_by_decay
 from align.trainer import update
@@ -33,12 +32,8 @@ def test_short_runs_have_rates(total: int) -> None:
 
 
 def test_decay_only_on_matrices_that_multiply() -> None:
-    connector = build_connector(
-        ResamplerConfig(vision_norm=True, kv_norm=True, final_norm=True, position="learned"),
-        12,
-        9,
-        20,
-    )
+    config = ResamplerConfig(vision_norm=True, kv_norm=True, final_norm=True, position="learned")
+    connector = config.build([(9, 12)], 20)
     decayed, plain = split_by_decay(connector)
     assert {name for name in plain if plain[name].ndim > 1} == {"latents", "position"}
     assert all(p.ndim == 2 and name.endswith("weight") for name, p in decayed.items())

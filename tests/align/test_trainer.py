@@ -598,7 +598,7 @@ def test_epochs_count_steps(store: Store, make_config: MakeConfig, tmp_path: Pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["features.layer=-7"], r"features.layer=-7: .* holds -2; extract it with --layer -7"),
+        (["features.layers=[-7]"], r"features.layers=-7: .* holds -2; extract it with --layer -7"),
         (["train.device=warp9"], r"unknown device 'warp9'; give auto"),
     ],
 )
@@ -613,10 +613,12 @@ def test_clear_errors(
 def test_a_store_of_another_encoder_than_the_recipes(
     store: Store, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    config = make_config("features.encoder=siglip2-so400m")
+    config = make_config("features.encoders=[siglip2-so400m]")
     with pytest.raises(FingerprintMismatch, match="extract with --model siglip2-so400m, or set"):
         train(config, [store.path], tmp_path / "run")
-    named = make_config(f"features.encoder={store.fingerprint['encoder']['name']}", "train.steps=1")
+    named = make_config(
+        f"features.encoders=[{store.fingerprint['encoder']['name']}]", "train.steps=1"
+    )
     assert train(named, [store.path], tmp_path / "run").step == 1
 
 

@@ -20,6 +20,7 @@ from align.errors import DataError
 from align.generate import generate
 from align.llm import FrozenLLM, LLMConfig, load_llm
 from align.vlm import AlignModel
+from featcache.join import StoreJoin
 from featcache.store import Store
 
 Q = 4
@@ -29,14 +30,16 @@ Q = 4
 def model(llm: FrozenLLM) -> AlignModel:
     torch.manual_seed(0)
     config = ResamplerConfig(num_latents=Q, depth=1, heads=2, head_dim=16)
-    return AlignModel(build_connector(config, 48, 16, llm.hidden_size), llm)
+    return AlignModel(build_connector(config, [(16, 48)], llm.hidden_size), llm)
 
 
 @pytest.fixture
 def batch(store: Store, llm: FrozenLLM) -> Batch:
-    samples = build_splits(DataConfig(eval_ratio=0), TemplateConfig(), store).train
-    encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), Q, llm.image_token_id, 100)
-    return Loader(store.reader(), samples, encoder).load(np.array([0, 2, 7, 5, 33]))
+    samples = build_splits(DataConfig(eval_ratio=0), TemplateConfig(), StoreJoin([store])).train
+    encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), llm.image_token_id, 100)
+    return Loader(StoreJoin([store]).reader(), samples, encoder, lambda _: Q, store.sizes).load(
+        np.array([0, 2, 7, 5, 33])
+    )
 
 
 def test_only_the_connector_is_trained(model: AlignModel, batch: Batch) -> None:
@@ -51,13 +54,13 @@ def test_only_the_connector_is_trained(model: AlignModel, batch: Batch) -> None:
 
 def test_injection_is_out_of_place_and_in_order(model: AlignModel, batch: Batch) -> None:
     table = model.llm.embedding.weight.clone()
-    visual = model.visual(batch.features)
+    visual = model.visual(batch.features, batch.sizes)
     embeds = model.inject(batch.input_ids, batch.slots, visual)
-    assert torch.equal(embeds[batch.is_slot], visual.flatten(0, 1))
+    assert torch.equal(embeds[batch.is_slot], visual)
     text = ~batch.is_slot
     assert torch.equal(embeds[text], model.llm.embedding(batch.input_ids)[text])
     assert torch.equal(table, model.llm.embedding.weight)
-    by_mask = model.inputs_embeds(batch.input_ids, batch.is_slot, batch.features)
+    by_mask = model.inputs_embeds(batch.input_ids, batch.is_slot, batch.features, batch.sizes)
     assert torch.equal(by_mask, embeds)
 
 
@@ -72,7 +75,9 @@ def test_loss_is_transformers_loss(model: AlignModel, batch: Batch) -> None:
     mask = (torch.arange(T)[None] < lengths[:, None]).long()
     assert mask.min() == 0  # the batch does have padding
     expected = model.llm.model(
-        inputs_embeds=model.inputs_embeds(batch.input_ids, batch.is_slot, batch.features),
+        inputs_embeds=model.inputs_embeds(
+            batch.input_ids, batch.is_slot, batch.features, batch.sizes
+        ),
         attention_mask=mask,
         labels=batch.labels,
         use_cache=False,
@@ -101,6 +106,7 @@ def test_padding_changes_nothing(model: AlignModel, batch: Batch, store: Store) 
         labels=F.pad(batch.labels, (0, 9), value=IGNORE),
         is_slot=F.pad(batch.is_slot, (0, 9)),
         features=batch.features,
+        sizes=batch.sizes,
         slots=widen(batch.slots),
         predictors=widen(batch.predictors),
         targets=batch.targets,
@@ -113,7 +119,7 @@ def test_padding_changes_nothing(model: AlignModel, batch: Batch, store: Store) 
 def test_the_plain_causal_kernel_runs(model: AlignModel, batch: Batch) -> None:
     """Without a mask transformers hands SDPA is_causal=True and no mask tensor."""
     calls = []
-    embeds = model.inject(batch.input_ids, batch.slots, model.visual(batch.features))
+    embeds = model.inject(batch.input_ids, batch.slots, model.visual(batch.features, batch.sizes))
     original = F.scaled_dot_product_attention
 
     def spy(*args: torch.Tensor, **kwargs: object) -> torch.Tensor:
@@ -162,33 +168,34 @@ def test_bf16_autocast_keeps_fp32_weights_and_gradients(model: AlignModel, batch
 def test_features_of_another_dtype_and_stored_ones_are_taken(
     model: AlignModel, batch: Batch
 ) -> None:
-    plain = batch.features.decode()
+    (stored,) = batch.features
+    assert not isinstance(stored, torch.Tensor)
+    plain = stored.decode()
     assert plain.dtype == torch.float16
-    for features in (batch.features, plain):
-        visual = model.visual(features)
+    for features in (stored, plain):
+        visual = model.visual([features], batch.sizes)
         assert visual.dtype == torch.float32
-        assert torch.equal(visual, model.connector(plain.float()))
+        assert torch.equal(visual, model.connector([plain.float()], batch.sizes))
 
 
 def test_features_are_normed_before_they_are_rounded_to_bf16(llm: FrozenLLM) -> None:
     """An encoder's few large channels leave the others within bf16's rounding of one another."""
     torch.manual_seed(0)
     config = ResamplerConfig(num_latents=Q, depth=1, heads=2, head_dim=16, vision_norm=True)
-    connector = build_connector(config, 48, 16, llm.hidden_size)
+    connector = build_connector(config, [(16, 48)], llm.hidden_size)
     half = AlignModel(connector, llm, torch.bfloat16)
     features = (100 + torch.randn(3, 16, 48)).half()
     seen: list[torch.Tensor] = []
-    assert connector.vision_norm is not None
-    connector.vision_norm.register_forward_hook(lambda _, __, out: seen.append(out))
+    connector.core.vision_norm.register_forward_hook(lambda _, __, out: seen.append(out))
     with half.precision():
-        half.visual(features)
+        half.visual([features], [(1, 1)] * len(features))
     exact = F.layer_norm(features.float(), (48,))
     torch.testing.assert_close(seen[0].float(), exact, rtol=0, atol=1e-4)
 
 
 def test_features_of_another_number_of_patches_are_refused(model: AlignModel) -> None:
     with pytest.raises(DataError, match=r"have 9 patches an image, the connector was built for 16"):
-        model.visual(torch.zeros(2, 9, 48))
+        model.visual([torch.zeros(2, 9, 48)], [(1, 1)] * 2)
 
 
 def test_a_bf16_language_model_trains_and_generates(
@@ -198,7 +205,7 @@ def test_a_bf16_language_model_trains_and_generates(
     llm = load_llm(LLMConfig(name=str(world / "qwen3")), torch.device("cpu"), torch.bfloat16)
     torch.manual_seed(0)
     config = ResamplerConfig(num_latents=Q, depth=1, heads=2, head_dim=16, vision_norm=True)
-    connector = build_connector(config, 48, 16, llm.hidden_size)
+    connector = build_connector(config, [(16, 48)], llm.hidden_size)
     model = AlignModel(connector, llm, torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -211,9 +218,14 @@ def test_a_bf16_language_model_trains_and_generates(
         optimizer.zero_grad()
         losses.append(loss.item() / count)
     assert losses[-1] < losses[0] - 0.1
-    encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), Q, llm.image_token_id, 100)
-    sample = build_splits(DataConfig(eval_ratio=0), TemplateConfig(), store).train[0]
+    encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), llm.image_token_id, 100)
+    sample = build_splits(DataConfig(eval_ratio=0), TemplateConfig(), StoreJoin([store])).train[0]
     (said,) = generate(
-        model, encoder, [sample.record], batch.features[:1], EvalConfig(max_new_tokens=4)
+        model,
+        encoder,
+        [sample.record],
+        [batch.features[0][:1]],
+        batch.sizes[:1],
+        EvalConfig(max_new_tokens=4),
     )
     assert said

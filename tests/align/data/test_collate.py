@@ -14,6 +14,7 @@ from align.data.sampling import in_order
 from align.data.templates import TemplateConfig
 from align.data.tokens import IGNORE, SampleEncoder
 from align.llm import FrozenLLM
+from featcache.join import StoreJoin
 from featcache.manifests import Record
 from featcache.store import Store
 
@@ -22,14 +23,15 @@ Q = 2
 
 @pytest.fixture
 def samples(store: Store) -> list[Sample]:
-    return build_splits(DataConfig(eval_ratio=0), TemplateConfig(), store).train
+    return build_splits(DataConfig(eval_ratio=0), TemplateConfig(), StoreJoin([store])).train
 
 
 def make_loader(
     store: Store, samples: list[Sample], llm: FrozenLLM, max_length: int = 100
 ) -> Loader:
-    encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), Q, llm.image_token_id, max_length)
-    return Loader(store.reader(depth=2), samples, encoder)
+    encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), llm.image_token_id, max_length)
+    reader = StoreJoin([store]).reader(depth=2)
+    return Loader(reader, samples, encoder, lambda _: Q, store.sizes)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 40])
@@ -44,10 +46,10 @@ def test_batches_hold_their_own_samples(
             seen += len(own)
             assert batch.ids == [s.record.id for s in own]
             assert batch.keys == [key for s in own for key in s.record.images]
-            expected = reader.read(np.concatenate([s.rows for s in own]))
-            assert torch.equal(batch.features.decode(), expected)
+            expected = reader.read(np.concatenate([s.rows[:, 0] for s in own]))
+            assert torch.equal(batch.features[0].decode(), expected)
             for b, sample in enumerate(own):
-                alone = loader.encoder.encode(sample.record)
+                alone = loader.encoder.encode(sample.record, [Q])
                 length = len(alone.input_ids)
                 assert batch.input_ids[b, :length].tolist() == alone.input_ids.tolist()
                 assert batch.labels[b, :length].tolist() == alone.labels.tolist()
@@ -78,7 +80,7 @@ def test_a_single_token_sequence_has_nothing_to_predict(
     from align.data.tokens import TokenizedSample
 
     one = TokenizedSample(np.array([7]), np.array([7]), np.array([False]))
-    batch = collate([one], samples[:1], torch.zeros(1, 16, 48))
+    batch = collate([one], samples[:1], [torch.zeros(1, 16, 48)], [(1, 1)])
     assert batch.num_supervised == 0
 
 
@@ -86,12 +88,12 @@ def test_samples_without_room_are_skipped_and_counted_once(
     store: Store, samples: list[Sample], llm: FrozenLLM
 ) -> None:
     encoder = make_loader(store, samples, llm).encoder
-    prompt = len(encoder.encode_prompt(samples[0].record).input_ids)
+    prompt = len(encoder.encode_prompt(samples[0].record, [Q]).input_ids)
     loader = make_loader(store, samples, llm, max_length=prompt)
     for _ in range(2):
         batch = loader.load(np.array([0, 1]))
         assert (batch.ids, batch.num_supervised) == ([], 0)
-        assert batch.features.decode().shape == (0, 16, 48)
+        assert batch.features[0].decode().shape == (0, 16, 48)
     assert str(loader.skipped) == (
         f"2 its images and prompt alone fill data.max_length={prompt} (s0, s1)"
     )
@@ -102,17 +104,17 @@ def test_a_batch_without_usable_samples_keeps_its_place(
     store: Store, samples: list[Sample], llm: FrozenLLM
 ) -> None:
     long = Record("long", ("000.png", "001.png"), samples[0].record.turns, None, "")
-    pair = Sample(long, store.rows(["000.png", "001.png"]))
+    pair = Sample(long, store.rows(["000.png", "001.png"])[:, None])
     mixed = [pair, samples[3], pair, pair, samples[4], pair]
     encoder = make_loader(store, samples, llm).encoder
-    room = len(encoder.encode_prompt(samples[0].record).input_ids) + 1
+    room = len(encoder.encode_prompt(samples[0].record, [Q]).input_ids) + 1
     loader = make_loader(store, mixed, llm, max_length=room)
     batches = loader.stream(in_order(len(mixed), 1))
-    found = [(batch.ids, batch.features.decode().clone()) for batch in batches]
+    found = [(batch.ids, batch.features[0].decode().clone()) for batch in batches]
     assert [ids for ids, _ in found] == [[], ["s3"], [], [], ["s4"], []]
     whole = make_loader(store, samples, llm)
     for (_, features), index in ((found[1], 3), (found[4], 4)):
-        assert torch.equal(features, whole.load(np.array([index])).features.decode())
+        assert torch.equal(features, whole.load(np.array([index])).features[0].decode())
     assert list(loader.usable()) == [1, 4]
 
 

@@ -16,6 +16,7 @@ from align.data.templates import TemplateConfig
 from align.errors import DataError
 from featcache.convert import convert
 from featcache.extract import ExtractOptions, extract
+from featcache.join import StoreJoin
 from featcache.manifests import Record, Turn
 from featcache.store import Store
 
@@ -66,11 +67,11 @@ def test_captions_of_one_image_stay_on_one_side() -> None:
 
 
 def test_build_splits_from_what_the_store_was_made_of(store: Store) -> None:
-    splits = build_splits(DataConfig(eval_ratio=0.25), CAPTION, store)
+    splits = build_splits(DataConfig(eval_ratio=0.25), CAPTION, StoreJoin([store]))
     assert (len(splits.train), len(splits.val), splits.found) == (30, 10, 40)
     assert splits.left_out.total == 0
     for sample in splits.train:
-        assert sample.rows.tolist() == store.rows(list(sample.record.images)).tolist()
+        assert sample.rows[:, 0].tolist() == store.rows(list(sample.record.images)).tolist()
 
 
 def test_max_samples_and_a_file_of_its_own_for_validation(
@@ -79,7 +80,7 @@ def test_max_samples_and_a_file_of_its_own_for_validation(
     assert callable(jsonl)
     held = jsonl(tmp_path / "val.jsonl", [{"id": "v", "images": ["003.png"], "caption": "a v"}])
     config = DataConfig(val_files=[str(held)], images=store.source["images"], max_samples=7)
-    splits = build_splits(config, CAPTION, store)
+    splits = build_splits(config, CAPTION, StoreJoin([store]))
     assert [s.record.id for s in splits.train] == [f"s{i}" for i in range(7)]
     assert [s.record.id for s in splits.val] == ["v"]
     assert splits.shared_images == 1  # 003.png is among the first seven
@@ -93,13 +94,15 @@ def test_one_file_to_train_and_to_validate_on_is_refused(
         files=[str(tmp_path / "link.jsonl")], val_files=[str(world / "captions.jsonl")]
     )
     with pytest.raises(DataError, match=r"data.val_files: .*link.jsonl is in data.files as well"):
-        build_splits(config, CAPTION, store)
+        build_splits(config, CAPTION, StoreJoin([store]))
 
 
 def test_what_is_held_out_is_not_trained_on_by_default(world: Path, store: Store) -> None:
     """A store extracted from both files, and only the held-out one named."""
     with pytest.raises(DataError, match=r"data.val_files: hold all that .* name other files in"):
-        build_splits(DataConfig(val_files=[str(world / "captions.jsonl")]), CAPTION, store)
+        build_splits(
+            DataConfig(val_files=[str(world / "captions.jsonl")]), CAPTION, StoreJoin([store])
+        )
 
 
 @pytest.fixture
@@ -133,7 +136,7 @@ def test_left_out_records_are_counted_with_reasons(
             {"id": "malformed", "images": 7, "caption": "a number"},
         ],
     )
-    splits = build_splits(DataConfig(files=[str(data)], max_missing=1), CAPTION, torn)
+    splits = build_splits(DataConfig(files=[str(data)], max_missing=1), CAPTION, StoreJoin([torn]))
     assert [s.record.id for s in splits.train] == ["ok"]
     assert splits.found == 6
     assert splits.left_out.total == 5
@@ -158,7 +161,7 @@ def test_left_out_records_are_counted_with_reasons(
 
     with pytest.raises(DataError, match=r"none of 1 records can be trained on .*not in the store"):
         only = jsonl(tmp_path / "c.jsonl", [{"id": "x", "images": ["later.png"], "caption": "c"}])
-        build_splits(DataConfig(files=[str(only)]), CAPTION, torn)
+        build_splits(DataConfig(files=[str(only)]), CAPTION, StoreJoin([torn]))
 
 
 def lines_of(good: int, gone: int, odd: int = 0, prefix: str = "") -> list[dict[str, object]]:
@@ -184,7 +187,7 @@ def test_too_many_records_without_features_are_refused(
 ) -> None:
     data = jsonl(tmp_path / "data.jsonl", lines_of(good=30, gone=4))
     with pytest.raises(DataError) as caught:
-        build_splits(DataConfig(files=[str(data)]), CAPTION, store)
+        build_splits(DataConfig(files=[str(data)]), CAPTION, StoreJoin([store]))
     assert str(caught.value) == (
         f"{store.path}: 4 of 34 records have no features in it, 11.8% where data.max_missing=0.05 "
         "allows 5.0%: 4 image not in the store (x0, x1, x2, ...); to add features, run `featcache "
@@ -194,7 +197,7 @@ def test_too_many_records_without_features_are_refused(
     )
     # The cure, as it was told.
     config = DataConfig(files=[str(data)], max_missing=0.12, eval_ratio=0)
-    assert len(build_splits(config, CAPTION, store).train) == 30
+    assert len(build_splits(config, CAPTION, StoreJoin([store])).train) == 30
 
 
 @pytest.mark.parametrize(
@@ -208,31 +211,33 @@ def test_the_share_itself_is_allowed(
     for line in lines[:good]:
         line["images"] = ["000.png"]
     config = DataConfig([str(jsonl(tmp_path / "data.jsonl", lines))], max_missing=max_missing)
-    assert build_splits(config, CAPTION, store).left_out.total == gone
+    assert build_splits(config, CAPTION, StoreJoin([store])).left_out.total == gone
     lines += lines_of(good=0, gone=1, prefix="one more ")
     jsonl(tmp_path / "data.jsonl", lines)
     with pytest.raises(DataError, match=f"{gone + 1} of {good + gone + 1} records have no feat"):
-        build_splits(config, CAPTION, store)
+        build_splits(config, CAPTION, StoreJoin([store]))
 
 
 def test_other_reasons_count_neither_as_missing_nor_as_records(
     store: Store, tmp_path: Path, jsonl: Jsonl
 ) -> None:
     data = str(jsonl(tmp_path / "data.jsonl", lines_of(good=20, gone=0, odd=20)))
-    splits = build_splits(DataConfig([data], max_missing=0), CAPTION, store)
+    splits = build_splits(DataConfig([data], max_missing=0), CAPTION, StoreJoin([store]))
     assert splits.left_out.counts == {"the caption is empty": 10, "<image> in the answer": 10}
     # 2 of 22 are more than 5 %, though 2 of 62 would be less.
     jsonl(tmp_path / "data.jsonl", lines_of(good=20, gone=2, odd=40))
     with pytest.raises(DataError, match=r"2 of 22 records have no features .* 9\.1% where"):
-        build_splits(DataConfig([data]), CAPTION, store)
+        build_splits(DataConfig([data]), CAPTION, StoreJoin([store]))
 
 
 def test_validation_files_count_as_well(store: Store, tmp_path: Path, jsonl: Jsonl) -> None:
     files = [str(jsonl(tmp_path / "data.jsonl", lines_of(good=30, gone=0)))]
     held = [str(jsonl(tmp_path / "val.jsonl", lines_of(good=2, gone=8, prefix="v")))]
     with pytest.raises(DataError, match=r"8 of 40 records .*\(vx0, vx1, vx2, ...\)"):
-        build_splits(DataConfig(files, val_files=held), CAPTION, store)
-    splits = build_splits(DataConfig(files, val_files=held, max_missing=0.2), CAPTION, store)
+        build_splits(DataConfig(files, val_files=held), CAPTION, StoreJoin([store]))
+    splits = build_splits(
+        DataConfig(files, val_files=held, max_missing=0.2), CAPTION, StoreJoin([store])
+    )
     assert (len(splits.train), len(splits.val), len(splits.left_out_records)) == (30, 2, 8)
 
 
@@ -240,7 +245,7 @@ def test_nothing_to_train_on_names_the_cure(store: Store, tmp_path: Path, jsonl:
     """Here a larger data.max_missing does not help, so it is not advised."""
     data = str(jsonl(tmp_path / "data.jsonl", lines_of(good=0, gone=2)))
     with pytest.raises(DataError) as caught:
-        build_splits(DataConfig([data], max_missing=1), CAPTION, store)
+        build_splits(DataConfig([data], max_missing=1), CAPTION, StoreJoin([store]))
     assert f"run `featcache extract --out {store.path}` with this data" in str(caught.value)
     assert "max_missing" not in str(caught.value)
 
@@ -251,7 +256,7 @@ def test_an_hdf5_store_is_not_said_to_be_extended(
     convert(store.path, tmp_path / "store.h5")
     data = str(jsonl(tmp_path / "data.jsonl", lines_of(good=0, gone=2)))
     with pytest.raises(DataError) as caught:
-        build_splits(DataConfig([data]), CAPTION, Store(tmp_path / "store.h5"))
+        build_splits(DataConfig([data]), CAPTION, StoreJoin([Store(tmp_path / "store.h5")]))
     assert "on the folder that it was converted from, and convert that again" in str(caught.value)
     assert "--out" not in str(caught.value)
 
@@ -262,16 +267,16 @@ def test_records_held_out_do_not_count_as_left_out_of_training(
     data = str(jsonl(tmp_path / "data.jsonl", lines_of(good=0, gone=2)))
     held = str(jsonl(tmp_path / "val.jsonl", lines_of(good=0, gone=3, prefix="v")))
     with pytest.raises(DataError, match=r"none of 2 records can be .*: 2 image not in the store"):
-        build_splits(DataConfig([data], val_files=[held]), CAPTION, store)
+        build_splits(DataConfig([data], val_files=[held]), CAPTION, StoreJoin([store]))
 
 
 def test_images_without_text_cannot_be_trained_on(store: Store, world: Path) -> None:
     with pytest.raises(DataError, match="40 no caption"):
-        build_splits(DataConfig(files=[str(world / "images")]), CAPTION, store)
+        build_splits(DataConfig(files=[str(world / "images")]), CAPTION, StoreJoin([store]))
 
 
 def test_unknown_and_empty_splits(store: Store) -> None:
-    splits = build_splits(DataConfig(eval_ratio=0), CAPTION, store)
+    splits = build_splits(DataConfig(eval_ratio=0), CAPTION, StoreJoin([store]))
     with pytest.raises(DataError, match=r"split test: there are train and val"):
         splits.split("test")
     with pytest.raises(DataError, match=r"split val: is empty; set data.eval_ratio above 0"):
@@ -287,5 +292,5 @@ def test_left_out_reads_as_one_line() -> None:
 
 
 def test_rows_are_int64(store: Store) -> None:
-    splits = build_splits(DataConfig(), CAPTION, store)
+    splits = build_splits(DataConfig(), CAPTION, StoreJoin([store]))
     assert splits.train[0].rows.dtype == np.int64

@@ -137,7 +137,7 @@ def test_any_number_of_windows(num_shards: int) -> None:
 
 
 def sample(*rows: int) -> Sample:
-    return Sample(Record("id", (), (), None, "origin"), np.array(rows, np.int64))
+    return Sample(Record("id", (), (), None, "origin"), np.array(rows, np.int64).reshape(-1, 1))
 
 
 def test_shards_of_samples() -> None:
