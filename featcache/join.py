@@ -59,7 +59,8 @@ class StoreJoin:
         pairs = list(zip(self.stores, chosen, strict=True))
         sizes = [store.layer_codec(layer).image_bytes for store, layer in pairs]
         shares = [max(1, budget_bytes * size // sum(sizes)) for size in sizes]
-        if io == "auto" and not any(isinstance(store.path, ObjectPath) for store in self.stores):
+        in_a_bucket = any(isinstance(store.path, ObjectPath) for store in self.stores)
+        if io == "auto" and len(pairs) > 1 and not in_a_bucket:
             total = sum(store.stored_bytes(layer) for store, layer in pairs)
             together = choose_mode("auto", total, self.stores[0].example(pairs[0][1]))
             io = "direct" if together.direct else "buffered"

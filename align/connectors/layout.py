@@ -44,10 +44,11 @@ def unpadded(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
     padding would be all of the square keeps what the rounding leaves, at least one row.
     """
     width, height = size
+    # The division first: in floating point the other order gives another number for some sizes.
     if width > height:
-        padding = (side - int(height * side / width)) // 2
+        padding = (side - int(height * (side / width))) // 2
         return padding, 0, side - 2 * padding, side
-    padding = (side - int(width * side / height)) // 2
+    padding = (side - int(width * (side / height))) // 2
     return 0, padding, side, side - 2 * padding
 
 
