@@ -8,13 +8,16 @@ line in `CONNECTORS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, cast
 
 from torch import nn
 
+from align.connectors.conv import ConvConfig
 from align.connectors.mlp import MlpConfig
+from align.connectors.pooling import PoolConfig
 from align.connectors.resampler import ResamplerConfig
+from align.connectors.sva import SvaConfig
 from featcache.errors import ConfigError
 
 
@@ -26,24 +29,33 @@ class ConnectorConfig(Protocol):
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one "field: reason" each."""
 
-    def build(self, in_width: int, num_patches: int, out_width: int) -> nn.Module:
-        """The module, with `num_tokens` as an attribute."""
+    def build(self, towers: Sequence[tuple[int, int]], out_width: int) -> nn.Module:
+        """The module, with `num_tokens` and `grid` as attributes.
+
+        towers: (P, D) of each encoder whose features it is given. Raises ValueError, one line,
+        where the config cannot serve them.
+        """
 
 
 class Connector(nn.Module):
     """The type of what `build_connector` returns; connectors need not derive from it.
 
     num_tokens: visual tokens per image, Q.
+    grid: (rows, columns) where the tokens are a row-major grid, else None.
     num_patches: patches per image that it was built for, P.
     """
 
     num_tokens: int
+    grid: tuple[int, int] | None
     num_patches: int
 
 
 CONNECTORS: dict[str, type[ConnectorConfig]] = {
     "resampler": ResamplerConfig,
     "mlp": MlpConfig,
+    "sva": SvaConfig,
+    "pool": PoolConfig,
+    "conv": ConvConfig,
 }
 
 
@@ -55,7 +67,7 @@ def build_connector(
     Raises ConfigError where the config cannot serve these widths.
     """
     try:
-        module = config.build(in_width, num_patches, out_width)
+        module = config.build([(num_patches, in_width)], out_width)
     except ValueError as error:
         raise ConfigError(f"connector: {error}") from error
     return cast(Connector, module)

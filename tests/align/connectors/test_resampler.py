@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import pytest
 import torch
 
-import align.connectors
 from align.config import load_config
-from align.connectors import CONNECTORS, build_connector
-from align.connectors.mlp import MlpConfig
+from align.connectors import build_connector
 from align.connectors.resampler import ResamplerConfig, sincos
 from featcache.errors import ConfigError
 
@@ -41,17 +36,6 @@ def test_flagship_config_builds_at_full_size() -> None:
     assert count(trial) == 82_445_824
 
 
-@pytest.mark.parametrize(
-    ("in_width", "out_width", "depth", "expected"),
-    [(1024, 4096, 2, 20_979_712), (1024, 5120, 2, 31_467_520), (1152, 3584, 2, 16_980_992)],
-)
-def test_llava_projector_parameter_counts(
-    in_width: int, out_width: int, depth: int, expected: int
-) -> None:
-    with torch.device("meta"):
-        assert count(build_connector(MlpConfig(depth=depth), in_width, P, out_width)) == expected
-
-
 @pytest.mark.parametrize("position", ["none", "learned", "sincos"])
 @pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize(("images", "patches"), [(1, 1), (3, 49)])
@@ -69,7 +53,7 @@ def test_shapes_and_gradients(position: str, extras: bool, images: int, patches:
     connector = build_connector(config, 12, patches, 20)
     tokens = connector(torch.randn(images, patches, 12))
     assert tokens.shape == (images, 5, 20)
-    assert connector.num_tokens == 5
+    assert (connector.num_tokens, connector.grid) == (5, None)
     tokens.square().sum().backward()
     for name, parameter in connector.named_parameters():
         assert parameter.grad is not None, name
@@ -115,39 +99,3 @@ def test_sincos_is_a_grid_of_distinct_places() -> None:
 def test_sincos_refuses_what_is_no_square() -> None:
     with pytest.raises(ConfigError, match=r"connector: .*12 patches .*use \"learned\""):
         build_connector(ResamplerConfig(position="sincos"), 12, 12, 20)
-
-
-def test_mlp_keeps_every_patch() -> None:
-    connector = build_connector(MlpConfig(), 12, 49, 20)
-    assert connector.num_tokens == 49
-    assert connector(torch.randn(3, 49, 12)).shape == (3, 49, 20)
-    assert set(connector.state_dict()) == {
-        "layers.0.weight",
-        "layers.0.bias",
-        "layers.2.weight",
-        "layers.2.bias",
-    }
-
-
-def test_connector_files_can_be_lifted_out() -> None:
-    """They import the standard library and torch, nothing else."""
-    folder = Path(align.connectors.__file__).parent
-    for file in folder.glob("*.py"):
-        if file.name == "__init__.py":
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                top = name.split(".")[0]
-                assert top in {"torch", "math", "collections", "dataclasses", "__future__"}, (
-                    f"{file.name}:{node.lineno} imports {name}"  # type: ignore[attr-defined]
-                )
-
-
-def test_every_registered_connector_builds_from_its_defaults() -> None:
-    for name, kind in CONNECTORS.items():
-        config = kind()
-        assert config.name == name
-        assert list(config.problems()) == []
-        assert build_connector(config, 12, 16, 20)(torch.randn(1, 16, 12)).shape[2] == 20
