@@ -11,12 +11,17 @@ Recomputation inside a kernel is not counted: these are the operations that the 
 from __future__ import annotations
 
 import difflib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from align.connectors import ConnectorConfig
+from align.connectors.conv import ConvConfig
 from align.connectors.mlp import MlpConfig
+from align.connectors.pooling import PoolConfig
 from align.connectors.resampler import ResamplerConfig
+from align.connectors.sva import SvaConfig
 from align.errors import ModelError
 from featcache.errors import ConfigError
 
@@ -124,16 +129,31 @@ def find_language_model(name: str) -> LanguageModel:
 
 
 def connector_step_flop(
-    connector: ConnectorConfig, num_patches: int, width: int, hidden_size: int
+    connector: ConnectorConfig, towers: Sequence[tuple[int, int]], hidden_size: int
 ) -> float:
     """Forward and backward of one image with gradients for all weights, none for the features.
 
     Three times the forward, less the gradient that the first layer would hand to the features.
-    num_patches P, width D, hidden_size H. Raises ConfigError for a connector without a formula.
+    towers: (P, D) of each encoder whose features the connector is given; hidden_size H.
+
+    Raises ConfigError for a connector without a formula, ValueError for towers that it cannot take.
     """
+    if isinstance(connector, SvaConfig):
+        return _sva_step_flop(connector, towers, hidden_size)
+    if len(towers) != 1:
+        raise ValueError(f"{connector.name} takes the features of one encoder, got {len(towers)}")
+    [(num_patches, width)] = towers
     if isinstance(connector, MlpConfig):
         first = 2 * num_patches * width * hidden_size
         return 3 * (first + 2 * num_patches * (connector.depth - 1) * hidden_size**2) - first
+    if isinstance(connector, PoolConfig):
+        grid = connector.grid(num_patches)
+        tokens = 1 if grid is None else math.prod(grid)
+        pooled = width * (connector.factor**2 if connector.kind == "shuffle" else 1)
+        first = 2 * tokens * pooled * hidden_size
+        return 3 * (first + 2 * tokens * (connector.depth - 1) * hidden_size**2) - first
+    if isinstance(connector, ConvConfig):
+        return _conv_step_flop(connector, num_patches, width, hidden_size)
     if isinstance(connector, ResamplerConfig):
         latents, inner = connector.num_latents, connector.heads * connector.head_dim
         first = 2 * num_patches * width * inner
@@ -148,3 +168,41 @@ def connector_step_flop(
     raise ConfigError(
         f"connector {connector.name}: its operations are not known; see align/flop.py"
     )
+
+
+def _sva_step_flop(
+    connector: SvaConfig, towers: Sequence[tuple[int, int]], hidden_size: int
+) -> float:
+    """A layer takes 12 D^2 of each query, 4 D^2 of each key and 2 D^2 of the image's context."""
+    queries, width = connector.side**2, connector.width
+    windows = [side**2 for side in connector.window_sides(len(towers))]
+    keys = sum(windows)
+    first = sum(
+        2 * queries * window * in_width * width
+        for window, (_, in_width) in zip(windows, towers, strict=True)
+    )
+    second = 2 * queries * keys * width**2
+    attention = 4 * queries * keys * width
+    layer = (2 + 12 * queries + 4 * queries * keys) * width**2 + attention
+    projector = 2 * queries * hidden_size * (width * connector.groups + hidden_size)
+    layers = connector.groups * connector.depth * layer
+    return 3 * (first + second + layers + projector) - first
+
+
+def _conv_step_flop(connector: ConvConfig, num_patches: int, width: int, hidden_size: int) -> float:
+    """Depth-wise 3 x 3 convolutions are 18 operations a channel and place."""
+    inner, tokens = connector.width, connector.side**2
+
+    def block(places: int, in_width: int) -> int:
+        convolutions = 2 * places * inner * (in_width + 9 + inner)
+        gate = 4 * inner * max(1, round(in_width / 4))
+        shortcut = 0 if in_width == inner else 2 * places * in_width * inner
+        return convolutions + gate + shortcut
+
+    before = block(num_patches, width) + (connector.depth - 1) * block(num_patches, inner)
+    after = connector.depth * block(tokens, inner)
+    projector = 2 * tokens * hidden_size * (inner + (connector.mlp_depth - 1) * hidden_size)
+    step = 3 * (before + after + projector)
+    if connector.position:  # learned, so the gradient goes on to where the features come in
+        return step
+    return step - 2 * num_patches * inner * width * (1 if width == inner else 2)

@@ -103,9 +103,8 @@ class Workload:
     def connector_flop(self) -> float:
         """Of the connector for an image, forward and backward."""
         encoder = self.encoder
-        return connector_step_flop(
-            self.connector, encoder.num_patches, encoder.width, self.llm.hidden_size
-        )
+        tower = (encoder.num_patches, encoder.width)
+        return connector_step_flop(self.connector, [tower], self.llm.hidden_size)
 
     @property
     def spec(self) -> ShardSpec:

@@ -18,9 +18,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from align.connectors.conv import ConvConfig
 from align.connectors.layout import Layout, LayoutConfig
 from align.connectors.mlp import MlpConfig
+from align.connectors.pooling import PoolConfig
 from align.connectors.resampler import ResamplerConfig
+from align.connectors.sva import SvaConfig
 from featcache.errors import ConfigError
 
 Size = tuple[int, int]
@@ -59,6 +62,9 @@ class ConnectorConfig(Protocol):
 CONNECTORS: dict[str, type[ConnectorConfig]] = {
     "resampler": ResamplerConfig,
     "mlp": MlpConfig,
+    "sva": SvaConfig,
+    "pool": PoolConfig,
+    "conv": ConvConfig,
 }
 
 
@@ -125,7 +131,7 @@ def build_connector(
         core = cast(Core, module)
         stage = Layout(layout or LayoutConfig(), core.num_tokens, core.grid, out_width)
     except ValueError as error:
-        raise ConfigError(f"connector {config.name}: {error}") from error
+        raise ConfigError(f"connector: {error}") from error
     return Connector(module, stage, towers, padded)
 
 

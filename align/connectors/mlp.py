@@ -32,24 +32,32 @@ class MlpConfig:
             yield f"depth: must be at least 1, got {self.depth}"
 
     def build(self, towers: Sequence[tuple[int, int]], out_width: int) -> Mlp:
-        """towers: (P, D) of one encoder. Raises ValueError for several."""
+        """The module for one encoder of (P, D) patches x width and an LLM of `out_width`.
+
+        Raises ValueError for several encoders.
+        """
         if len(towers) != 1:
-            raise ValueError(f"takes the features of one encoder, got {len(towers)}")
-        ((num_patches, in_width),) = towers
-        return Mlp(self, in_width, num_patches, out_width)
+            raise ValueError(
+                f"{self.name} takes the features of one encoder, got {len(towers)}; "
+                "connector.name=sva takes several"
+            )
+        return Mlp(self, *towers[0], out_width)
 
 
 class Mlp(nn.Module):
     """features float[I, P, D] -> visual tokens float[I, P, H], each patch by itself.
 
     20,979,712 parameters for D = 1024, H = 4096; 31,467,520 for D = 1024, H = 5120.
+
+    num_tokens: P. grid: (rows, columns) where P is a square number, else None.
     """
 
-    def __init__(self, config: MlpConfig, in_width: int, num_patches: int, out_width: int) -> None:
+    def __init__(self, config: MlpConfig, num_patches: int, in_width: int, out_width: int) -> None:
         super().__init__()
-        self.num_tokens = num_patches
         side = math.isqrt(num_patches)
+        self.num_tokens = num_patches
         self.grid = (side, side) if side * side == num_patches else None
+        self.num_patches = num_patches
         layers: list[nn.Module] = [nn.Linear(in_width, out_width)]
         for _ in range(config.depth - 1):
             layers += [nn.GELU(), nn.Linear(out_width, out_width)]

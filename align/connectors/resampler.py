@@ -67,11 +67,17 @@ class ResamplerConfig:
             yield f'position: "sincos" needs heads * head_dim divisible by 4, got {width}'
 
     def build(self, towers: Sequence[tuple[int, int]], out_width: int) -> Resampler:
-        """towers: (P, D) of one encoder. Raises ValueError for several."""
+        """The module for one encoder of (P, D) patches x width and an LLM of `out_width`.
+
+        Raises ValueError where `position` needs a square grid and gets none, or for several
+        encoders.
+        """
         if len(towers) != 1:
-            raise ValueError(f"takes the features of one encoder, got {len(towers)}")
-        ((num_patches, in_width),) = towers
-        return Resampler(self, in_width, num_patches, out_width)
+            raise ValueError(
+                f"{self.name} takes the features of one encoder, got {len(towers)}; "
+                "connector.name=sva takes several"
+            )
+        return Resampler(self, *towers[0], out_width)
 
 
 class Block(nn.Module):
@@ -116,16 +122,19 @@ class Resampler(nn.Module):
 
     With the defaults, D = 1152 and H = 4096: 6,927,872 parameters up to step 4 and 75,517,952 in
     step 5.
+
+    num_tokens: Q. grid: None, latents have no places.
     """
 
     def __init__(
-        self, config: ResamplerConfig, in_width: int, num_patches: int, out_width: int
+        self, config: ResamplerConfig, num_patches: int, in_width: int, out_width: int
     ) -> None:
         super().__init__()
         width = config.heads * config.head_dim
         hidden = round(out_width * config.mlp_ratio)
         self.num_tokens = config.num_latents
         self.grid = None
+        self.num_patches = num_patches
         self.vision_norm = nn.LayerNorm(in_width) if config.vision_norm else None
         self.proj_in = nn.Linear(in_width, width)
         # Latents of equal size would stay equal: attention could not tell them apart.

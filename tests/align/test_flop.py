@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from align.connectors import ConnectorConfig
+from align.connectors.conv import ConvConfig
 from align.connectors.mlp import MlpConfig
+from align.connectors.pooling import PoolConfig
 from align.connectors.resampler import ResamplerConfig
+from align.connectors.sva import SvaConfig
 from align.errors import ModelError
 from align.flop import LANGUAGE_MODELS, LanguageModel, connector_step_flop, find_language_model
 from align.llm import LLMConfig
@@ -94,6 +99,14 @@ def test_the_figures_the_design_argues_with(
     assert rounded(1 + ENCODE_TFLOP / many, gain_729) == gain_729
 
 
+def depthwise_backward(
+    grad_shape: list[int], input_shape: list[int], weight_shape: list[int], *_: object, **__: object
+) -> int:
+    """Twice the forward. Torch counts the weight's gradient as that of a dense convolution."""
+    assert weight_shape[1] == 1
+    return 2 * 2 * grad_shape[0] * math.prod(weight_shape) * math.prod(grad_shape[2:])
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -102,15 +115,52 @@ def test_the_figures_the_design_argues_with(
         MlpConfig(),
         MlpConfig(depth=1),
         MlpConfig(depth=3),
+        PoolConfig(kind="mean", depth=1),
+        PoolConfig(kind="average", side=2),
+        PoolConfig(kind="shuffle", factor=3, depth=3),
+        PoolConfig(kind="stride", factor=2),
+        ConvConfig(side=2, width=16, depth=2),
+        ConvConfig(side=2, width=16, depth=1, mlp_depth=1, position=False),
+        ConvConfig(side=3, width=24, depth=2, position=False),
     ],
     ids=str,
 )
-def test_a_connectors_step_is_what_torch_counts(config: ResamplerConfig | MlpConfig) -> None:
+def test_a_connectors_step_is_what_torch_counts(config: ConnectorConfig) -> None:
     connector = config.build([(9, 24)], 40)
     features = torch.randn(2, 9, 24)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    counts = {torch.ops.aten.convolution_backward: depthwise_backward}
+    with (
+        FlopCounterMode(display=False, custom_mapping=counts) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         connector(features).sum().backward()
-    assert 2 * connector_step_flop(config, 9, 24, 40) == counter.get_total_flops()
+    assert 2 * connector_step_flop(config, [(9, 24)], 40) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("config", "towers"),
+    [
+        (SvaConfig(width=16, side=2, depth=2, heads=4, token_lengths=[16]), [(9, 24)]),
+        (
+            SvaConfig(width=16, side=2, groups=2, depth=1, heads=4, token_lengths=[4, 16, 36]),
+            [(9, 24), (4, 12), (36, 20)],
+        ),
+    ],
+    ids=str,
+)
+def test_a_step_of_the_sva_is_what_torch_counts(
+    config: SvaConfig, towers: list[tuple[int, int]]
+) -> None:
+    features = [torch.randn(2, *tower) for tower in towers]
+    connector = config.build(towers, 40)
+    with FlopCounterMode(display=False) as counter:
+        connector(features, [(30, 20), (20, 20)]).sum().backward()
+    assert 2 * connector_step_flop(config, towers, 40) == counter.get_total_flops()
+
+
+def test_only_the_sva_takes_several_towers() -> None:
+    with pytest.raises(ValueError, match="mlp takes the features of one encoder, got 2"):
+        connector_step_flop(MlpConfig(), [(9, 24), (9, 24)], 40)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def ours(theirs: LlavaForConditionalGeneration) -> AlignModel:
     language_model.model.load_state_dict(theirs.model.language_model.state_dict())
     language_model.lm_head.load_state_dict(theirs.lm_head.state_dict())
     llm = freeze(language_model, AutoTokenizer.from_pretrained(TOKENIZER), LLMConfig())
-    connector = build_connector(MlpConfig(), D, P, H)
+    connector = build_connector(MlpConfig(), [(P, D)], H)
     projector = theirs.model.multi_modal_projector.state_dict()
     connector.load_state_dict(
         {

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.connectors import build_connector
 from align.connectors.resampler import ResamplerConfig
 
 
@@ -71,7 +70,7 @@ def test_forward_and_gradients(extras: bool, images: int, patches: int, depth: i
         final_norm=extras,
         position="learned" if extras else "none",
     )
-    connector = build_connector(config, 24, patches, 40)
+    connector = config.build([(patches, 24)], 40)
     with torch.no_grad():
         for parameter in connector.parameters():  # biases and norms start at 0 and 1
             parameter.add_(torch.randn_like(parameter) * 0.1)
