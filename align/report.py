@@ -145,7 +145,7 @@ def _context(run_dir: Path) -> dict[str, Any]:
     return {
         "title": run_dir.resolve().name,
         "subtitle": (
-            f"{config.connector.name} between {info['store']['encoder']['name']} and "
+            f"{config.connector.name} between {_encoders(info)} and "
             f"{info['llm']['name']}, "
             f"{info['status']} at step {info['step']:,} of {info['total_steps']:,}"
         ),
@@ -167,6 +167,10 @@ def _context(run_dir: Path) -> dict[str, Any]:
             ("Language model", json.dumps(info["llm"], indent=2)),
         ],
     }
+
+
+def _encoders(info: dict[str, Any]) -> str:
+    return " + ".join(store["encoder"]["name"] for store in info["stores"])
 
 
 def _command(run_dir: Path, info: dict[str, Any]) -> str:

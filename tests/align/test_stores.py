@@ -280,13 +280,14 @@ def test_training_from_codes_is_training_from_what_they_stand_for(
     store = add(codec=codec)
     stored = folder.parent / "stored"
     train(make_config("connector.dropout=0.1"), [store], stored)
-    assert find_checkpoint(stored / "checkpoints").state()["features"]["codec"]["name"] == codec
+    assert find_checkpoint(stored / "checkpoints").state()["features"][0]["codec"]["name"] == codec
     collate = align.data.collate.collate
     seen = []
 
-    def of_floats(tokenized: Any, samples: Any, features: StoredFeatures) -> Batch:
-        seen.append(features.codes.dtype)
-        return collate(tokenized, samples, features.decode(torch.float32))
+    def of_floats(tokenized: Any, samples: Any, features: Any, sizes: Any) -> Batch:
+        (stored,) = features
+        seen.append(stored.codes.dtype)
+        return collate(tokenized, samples, [stored.decode(torch.float32)], sizes)
 
     monkeypatch.setattr(align.data.collate, "collate", of_floats)
     train(make_config("connector.dropout=0.1"), [store], folder.parent / "floats")
@@ -330,14 +331,15 @@ def test_codes_are_decoded_without_gradients_to_what_autocast_is_given(
     train(make_config("train.steps=2"), [store], run)
     loaded = load_run(run, overrides=["train.precision=bf16"])
     batch = next(loaded.loader("train").stream([torch.arange(4).numpy()]))
-    assert isinstance(batch.features, StoredFeatures)
+    (stored,) = batch.features
+    assert isinstance(stored, StoredFeatures)
     given = []
-    loaded.model.connector.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    loaded.model.connector.register_forward_pre_hook(lambda _, inputs: given.extend(inputs[0]))
     loss, _ = loaded.model(batch)
     loss.backward()
     assert given[0].dtype is torch.float32 and not given[0].requires_grad
-    assert torch.equal(given[0], batch.features.decode(torch.float32))
-    same = replace(batch, features=batch.features.decode(torch.float32))
+    assert torch.equal(given[0], stored.decode(torch.float32))
+    same = replace(batch, features=(stored.decode(torch.float32),))
     assert torch.equal(loaded.model(same)[0], loss)
 
 
@@ -369,6 +371,6 @@ def test_captions_of_a_padded_store_are_of_padded_images(
     extract(ExtractOptions(model, data, out, folder / "images", fit="pad"))
     train(make_config("train.steps=1"), [out], tmp_path / "run")
     speaker = load_speaker(tmp_path / "run")
-    assert speaker.store["preprocessing"]["aspect"] == "pad"
+    assert speaker.voices[0].fingerprint["preprocessing"]["aspect"] == "pad"
     image = next((folder / "images").iterdir())
     assert len(caption_images(speaker, [image])) == 1

@@ -587,7 +587,7 @@ def load_run_prompt_length(make_config: MakeConfig, store: Store, folder: Path, 
     """Tokens before the answer of a one-image sample."""
     run = assemble(make_config(f"data.files=[{data}]"), [store.path], folder / "unused")
     record = next(s.record for s in run.splits.train if len(s.record.images) == 1)
-    return len(run.encoder.encode_prompt(record).input_ids)
+    return len(run.encoder.encode_prompt(record, [4]).input_ids)
 
 
 def test_epochs_count_steps(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
@@ -623,7 +623,7 @@ def test_a_store_of_another_encoder_than_the_recipes(
 
 
 def test_two_stores_are_refused(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reads one store, got 2"):
+    with pytest.raises(ConfigError, match="resampler takes the features of one encoder, got 2"):
         train(make_config(), [store.path, store.path], tmp_path / "run")
 
 

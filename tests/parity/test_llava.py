@@ -122,7 +122,7 @@ def ours(theirs: LlavaForConditionalGeneration) -> AlignModel:
     projector = theirs.model.multi_modal_projector.state_dict()
     connector.load_state_dict(
         {
-            f"layers.{index}.{part}": projector[f"linear_{number}.{part}"]
+            f"core.layers.{index}.{part}": projector[f"linear_{number}.{part}"]
             for index, number in ((0, 1), (2, 2))
             for part in ("weight", "bias")
         }
@@ -135,13 +135,15 @@ def batch(request: pytest.FixtureRequest, world: Path, ours: AlignModel) -> Batc
     """All samples with the stored features."""
     store = featcache.open(world / "store.zarr")
     encoder = SampleEncoder(
-        ours.llm.tokenizer, TemplateConfig(name=request.param), P, ours.llm.image_token_id, 200
+        ours.llm.tokenizer, TemplateConfig(name=request.param), ours.llm.image_token_id, 200
     )
     records = read_manifest([world / "data.jsonl"], world).records
-    samples = [Sample(r, store.rows(list(r.images))) for r in records]
+    samples = [Sample(r, store.rows(list(r.images))[:, None]) for r in records]
+    keys = [key for r in records for key in r.images]
     with store.reader() as reader:
-        features = reader.read(store.rows([key for r in records for key in r.images]))
-    return collate([encoder.encode(r) for r in records], samples, features)
+        features = reader.read(store.rows(keys))
+    tokenized = [encoder.encode(r, [P] * len(r.images)) for r in records]
+    return collate(tokenized, samples, [features], [(1, 1)] * len(keys))
 
 
 def pixels(world: Path) -> torch.Tensor:
@@ -166,7 +168,9 @@ def their_loss_and_gradients(
     loss.backward()
     projector = model.model.multi_modal_projector
     return loss.detach(), {
-        f"layers.{index}.{part}": getattr(getattr(projector, f"linear_{number}"), part).grad.clone()
+        f"core.layers.{index}.{part}": getattr(
+            getattr(projector, f"linear_{number}"), part
+        ).grad.clone()
         for index, number in ((0, 1), (2, 2))
         for part in ("weight", "bias")
     }
@@ -198,7 +202,7 @@ def test_unrounded_features(
     with torch.no_grad():
         hidden = theirs.model.vision_tower(pixels(world), output_hidden_states=True).hidden_states
     expected, their_gradients = their_loss_and_gradients(theirs, batch, world)
-    loss, our_gradients = our_loss_and_gradients(ours, replace(batch, features=hidden[-2]))
+    loss, our_gradients = our_loss_and_gradients(ours, replace(batch, features=(hidden[-2],)))
     # Measured worst case: 1.4e-7 of the loss, 5.3e-7 of a gradient.
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert worst(our_gradients, their_gradients) < 5e-6

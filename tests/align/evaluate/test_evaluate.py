@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,9 @@ from featcache.manifests import Record
 
 
 def sample(name: str, *rows: int) -> Sample:
-    return Sample(Record(name, tuple(map(str, rows)), (), None, ""), np.array(rows, np.int64))
+    return Sample(
+        Record(name, tuple(map(str, rows)), (), None, ""), np.array(rows, np.int64).reshape(-1, 1)
+    )
 
 
 def test_loss_and_accuracy_are_those_of_the_model(run: Run) -> None:
@@ -29,7 +32,7 @@ def test_loss_and_accuracy_are_those_of_the_model(run: Run) -> None:
     # One sample by hand, unpadded and from the full logits.
     loader = run.loader("val")
     batch = loader.load(np.array([2]))
-    embeds = run.model.inputs_embeds(batch.input_ids, batch.is_slot, batch.features)
+    embeds = run.model.inputs_embeds(batch.input_ids, batch.is_slot, batch.features, batch.sizes)
     with torch.inference_mode():
         logits = run.model.llm.model(inputs_embeds=embeds).logits[0, :-1]
     learned = batch.labels[0, 1:] != -100
@@ -110,8 +113,8 @@ def test_shuffle_is_a_derangement_and_fixed(count: int) -> None:
     samples = [sample(f"s{i}", 10 * i) for i in range(count)]
     exchanged = shuffled(samples)
     assert [s.record for s in exchanged] == [s.record for s in samples]
-    assert sorted(int(s.rows[0]) for s in exchanged) == [10 * i for i in range(count)]
-    assert all(a.rows[0] != b.rows[0] for a, b in zip(samples, exchanged, strict=True))
+    assert sorted(int(s.rows[0, 0]) for s in exchanged) == [10 * i for i in range(count)]
+    assert all(a.rows[0, 0] != b.rows[0, 0] for a, b in zip(samples, exchanged, strict=True))
     again = shuffled(samples)
     assert all((a.rows == b.rows).all() for a, b in zip(exchanged, again, strict=True))
 
@@ -121,7 +124,7 @@ def test_shuffle_with_shared_and_several_images() -> None:
     samples = [sample("a", 1), sample("b", 1), sample("c", 2, 3), sample("d", 4, 5), sample("e", 6)]
     for before, after in zip(samples, shuffled(samples), strict=True):
         assert len(after.rows) == len(before.rows)
-        assert not set(after.rows.tolist()) & set(before.rows.tolist())
+        assert not set(after.rows.flatten().tolist()) & set(before.rows.flatten().tolist())
 
 
 def test_too_few_images_to_shuffle(run: Run) -> None:
@@ -139,11 +142,11 @@ def test_samples_without_room_are_left_out(run: Run) -> None:
     decoding = replace(run.config.eval, batch_size=1)
     whole = evaluate(run, decoding=decoding)
     lengths = {
-        s.record.id: len(run.encoder.encode_prompt(s.record).input_ids) for s in run.splits.val
+        s.record.id: len(run.encoder.encode_prompt(s.record, [4]).input_ids) for s in run.splits.val
     }
     long = run.splits.val[3]
     keys = (long.record.images[0], run.splits.val[0].record.images[0])
-    run.splits.val[3] = Sample(replace(long.record, images=keys), run.store.rows(list(keys)))
+    run.splits.val[3] = Sample(replace(long.record, images=keys), run.stores.rows(list(keys)))
     run.encoder.max_length = max(lengths.values()) + 1
     for shuffle in (False, True):
         result = evaluate(run, decoding=decoding, shuffle_features=shuffle)
@@ -167,9 +170,9 @@ def test_a_sample_is_tokenised_once(run: Run, monkeypatch: pytest.MonkeyPatch) -
     seen: list[str] = []
     encode = SampleEncoder.encode
 
-    def counted(self: SampleEncoder, record: Record) -> TokenizedSample:
+    def counted(self: SampleEncoder, record: Record, slots: Sequence[int]) -> TokenizedSample:
         seen.append(record.id)
-        return encode(self, record)
+        return encode(self, record, slots)
 
     monkeypatch.setattr(SampleEncoder, "encode", counted)
     evaluate(run, shuffle_features=True)

@@ -35,13 +35,23 @@ def prompts(run: Run) -> tuple[list[Record], Tensor, list[int]]:
     return records, features, counts
 
 
+def say(
+    run: Run,
+    records: Sequence[Record],
+    features: Tensor,
+    config: EvalConfig,
+    encoder: SampleEncoder | None = None,
+) -> list[str]:
+    sizes = [(1, 1)] * len(features)
+    return generate(run.model, encoder or run.encoder, records, [features], sizes, config)
+
+
 def alone(
     run: Run, records: Sequence[Record], features: Tensor, counts: list[int], config: EvalConfig
 ) -> list[str]:
     parts = features.split(counts)
     return [
-        generate(run.model, run.encoder, [record], part, config)[0]
-        for record, part in zip(records, parts, strict=True)
+        say(run, [record], part, config)[0] for record, part in zip(records, parts, strict=True)
     ]
 
 
@@ -52,22 +62,23 @@ def test_a_batch_of_different_prompt_lengths_equals_one_by_one(
     run: Run, config: EvalConfig
 ) -> None:
     records, features, counts = prompts(run)
-    lengths = {len(run.encoder.encode_prompt(record).input_ids) for record in records}
+    lengths = {len(run.encoder.encode_prompt(record, [4] * 3).input_ids) for record in records}
     assert len(lengths) == 3
-    said = generate(run.model, run.encoder, records, features, config)
+    said = say(run, records, features, config)
     assert said == alone(run, records, features, counts, config)
     assert len(set(said)) > 1  # the images matter, so rows that were mixed up would show
 
 
 def greedy_ids(run: Run, record: Record, features: Tensor) -> list[int]:
     """The most likely tokens, from the model run anew and without a cache at every step."""
-    prompt = run.encoder.encode_prompt(record)
+    prompt = run.encoder.encode_prompt(record, [4])
     ids: list[int] = []
     with torch.inference_mode():
         embeds = run.model.inputs_embeds(
             torch.from_numpy(prompt.input_ids)[None],
             torch.from_numpy(prompt.is_slot)[None],
-            features,
+            [features],
+            [(1, 1)],
         )
         while len(ids) < GREEDY.max_new_tokens:
             logits = run.model.llm.model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
@@ -81,18 +92,18 @@ def test_cache_equals_a_forward_pass_over_the_whole_text(run: Run) -> None:
     records, features, _ = prompts(run)
     ids = greedy_ids(run, records[0], features[:1])
     assert not set(ids) & set(run.encoder.stop_ids)
-    said = generate(run.model, run.encoder, records[:1], features[:1], GREEDY)
+    said = say(run, records[:1], features[:1], GREEDY)
     assert said == [run.tokenizer.decode(ids).strip()]
 
 
 def test_sampling_depends_on_the_seed_and_the_record_alone(run: Run) -> None:
     records, features, counts = prompts(run)
     hot = replace(GREEDY, temperature=1.0)
-    said = generate(run.model, run.encoder, records, features, hot)
-    assert said == generate(run.model, run.encoder, records, features, hot)
-    assert said != generate(run.model, run.encoder, records, features, replace(hot, seed=1))
+    said = say(run, records, features, hot)
+    assert said == say(run, records, features, hot)
+    assert said != say(run, records, features, replace(hot, seed=1))
     reverse = torch.cat(features.split(counts)[::-1])
-    assert said[::-1] == generate(run.model, run.encoder, records[::-1], reverse, hot)
+    assert said[::-1] == say(run, records[::-1], reverse, hot)
 
 
 def test_generation_ends_at_the_stop_token(run: Run) -> None:
@@ -101,10 +112,8 @@ def test_generation_ends_at_the_stop_token(run: Run) -> None:
     # The same words, were the third token the one that ends an answer.
     run.tokenizer.eos_token_id = ids[2]
     old = run.encoder
-    encoder = SampleEncoder(
-        run.tokenizer, old.template, old.num_tokens, old.image_token_id, old.max_length
-    )
-    said = generate(run.model, encoder, records[:1], features[:1], GREEDY)
+    encoder = SampleEncoder(run.tokenizer, old.template, old.image_token_id, old.max_length)
+    said = say(run, records[:1], features[:1], GREEDY, encoder)
     assert said == [run.tokenizer.decode(ids[: ids.index(ids[2])]).strip()]
 
 
@@ -142,4 +151,4 @@ def test_temperatures_that_are_none_are_refused(run: Run, temperature: float) ->
     records, features, _ = prompts(run)
     config = replace(GREEDY, temperature=temperature)
     with pytest.raises(ConfigError, match=r"eval.temperature: must be at least 0 and finite"):
-        generate(run.model, run.encoder, records, features, config)
+        say(run, records, features, config)

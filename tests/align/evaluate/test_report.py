@@ -119,7 +119,7 @@ def test_everything_is_escaped(run: Run) -> None:
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     info = run.folder.read_info()
     info["samples"]["left_out"] = {evil: 3}
-    info["store"]["encoder"]["name"] = evil
+    info["stores"][0]["encoder"]["name"] = evil
     run.folder.write_info(info)
     page = Page(write_report(run.path).read_text())
     assert "alert(1)" in page.text
