@@ -270,9 +270,7 @@ def _record(entry: Any, origin: str, root: StorePath) -> Record:
 
 def _image_names(entry: dict[str, Any]) -> list[str]:
     """`images` (caption JSONL) or `image`, one or a list; none where the text says so."""
-    value = entry.get("images")
-    if value is None:
-        value = entry.get("image")
+    value = entry.get("images") or entry.get("image")
     names = value if isinstance(value, list) else [value]
     found: list[str] = []
     for name in names:

@@ -87,10 +87,12 @@ def test_tables_have_every_column_in_every_record(tmp_path: Path) -> None:
     lines = [
         {"image": "1.jpg", "images": None, "caption": None, "conversations": ANSWER},
         {"image": None, "images": ["2.jpg"], "caption": "b", "conversations": None, "video": None},
+        {"image": "3.jpg", "images": [], "caption": "c", "video": []},
     ]
-    first, second = read_manifest([written(tmp_path, "x.jsonl", lines)]).records
+    first, second, third = read_manifest([written(tmp_path, "x.jsonl", lines)]).records
     assert (first.images, first.turns[1].text) == (("1.jpg",), "A cat.")
     assert (second.images, second.turns[1].text) == (("2.jpg",), "b")
+    assert (third.images, third.turns[1].text) == (("3.jpg",), "c")
 
 
 def test_a_list_of_images_may_hold_none(tmp_path: Path) -> None:
