@@ -292,6 +292,8 @@ def start_session(
             f"{total_steps:,} steps of {sampler.step_size}"
         )
     )
+    if mixed := str(splits.mixture):
+        session.tell(NoticeEvent(f"an epoch is made of {mixed}"))
     if splits.shared_images:
         session.tell(
             NoticeEvent(
@@ -326,6 +328,7 @@ def _info(session: Session, features: Sequence[StorePath | str]) -> dict[str, ob
             "val": len(run.splits.val),
             "found": run.splits.found,
             "left_out": run.splits.left_out.counts,
+            "mixture": asdict(run.splits.mixture),
         },
         "total_steps": session.total_steps,
         "step": run.step,

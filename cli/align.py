@@ -8,6 +8,10 @@ group = LazyGroup(
     "align",
     {
         "train": ("cli.train:train", "Train a connector from a feature store."),
+        "filter": (
+            "cli.filter:filter_captions",
+            "Captions worth training on: what is dropped, and why.",
+        ),
         "show": ("cli.show:show", "Samples as the model sees them."),
         "eval": ("cli.eval:evaluate", "Held-out loss, captions and their scores."),
         "caption": (

@@ -26,7 +26,11 @@ from featcache.tiles import is_tile
 
 IMAGE_TOKEN = "<image>"
 NO_IMAGE = frozenset(("", "None", "none", "nan"))
-"""Texts of an `image` field that mean there is none (Cambrian-S train_fsdp.py)."""
+"""Texts of an `image` or `video` field that mean there is none (Cambrian-S train_fsdp.py)."""
+
+
+EMPTY_CAPTION = "the caption is empty"
+"""The reason of a `Skipped` that there is nothing to mend about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +67,16 @@ class Skipped:
 
 @dataclass(slots=True)
 class Manifest:
-    """The records of one or more data files over one image root."""
+    """The records of one or more data files over one image root.
+
+    counts: how many of `records`, which are in the order of `files`, each of these holds.
+    """
 
     records: list[Record]
     image_root: StorePath
     files: tuple[StorePath, ...]
     skipped: list[Skipped] = field(default_factory=list)
+    counts: tuple[int, ...] = ()
 
     def image_keys(self) -> list[str]:
         """Every image key once, in the order of first mention."""
@@ -77,6 +85,81 @@ class Manifest:
 
 class _UnusableError(Exception):
     """Why one record is skipped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One element of a data file, and what it came to.
+
+    file: which of the files as they were named (0-based).
+    element: as the file states it: what JSON holds; for other inputs see featcache/entries.py.
+    """
+
+    file: int
+    element: Any
+    outcome: Record | Skipped
+
+
+@dataclass(frozen=True, slots=True)
+class DataFiles:
+    """Data files that were found, and not read yet.
+
+    named: as they were given. image_root: what image paths are relative to.
+    """
+
+    named: tuple[StorePath, ...]
+    image_root: StorePath
+    _parts: tuple[tuple[int, StorePath, Sampling], ...]
+
+    @property
+    def files(self) -> tuple[StorePath, ...]:
+        """What is read, in order: patterns and mixtures are resolved."""
+        return tuple(file for _, file, _ in self._parts)
+
+    def entries(self) -> Iterator[Entry]:
+        """Every element in the order of the files. JSONL is read line by line, a JSON array whole.
+
+        Raises ManifestError as `read_manifest`; where files are damaged at the end, naming all.
+        """
+        damaged: list[DamagedFileError] = []
+        for number, file, sampling in self._parts:
+            try:
+                elements: Iterable[tuple[str, Any]] = list_elements(file, self.image_root)
+                if sampling.kind != "all":
+                    elements = sampling.choose(list(elements))
+                for origin, element in elements:
+                    outcome: Record | Skipped
+                    try:
+                        outcome = _record(element, origin, self.image_root)
+                    except _UnusableError as reason:
+                        outcome = Skipped(origin, str(reason))
+                    yield Entry(number, element, outcome)
+            except DamagedFileError as error:
+                damaged.append(error)
+        if damaged:
+            # All at once: to fetch them one by one, each after another walk over hundreds, takes
+            # hours.
+            raise ManifestError("; ".join(map(str, damaged)))
+
+
+def find_data(
+    files: Sequence[StorePath | str], image_root: StorePath | str | None = None
+) -> DataFiles:
+    """What `files` name, as `read_manifest` takes them. Raises ManifestError as it does."""
+    paths = tuple(map(parse_location, files))
+    if not paths:
+        raise ManifestError("no data files given; name at least one with --data")
+    parts = tuple(
+        (number, file, sampling)
+        for number, path in enumerate(paths)
+        for file, sampling in _files_of(path)
+    )
+    for _, file, _ in parts:
+        _require_readable(file)
+    root = parse_location(image_root) if image_root else _root_of(paths[0])
+    if not root.is_dir():
+        raise ManifestError(f"the image root {root} is not a directory; check --images")
+    return DataFiles(paths, root, parts)
 
 
 def read_manifest(
@@ -91,35 +174,19 @@ def read_manifest(
     Raises ManifestError naming the file, and the line of malformed JSON; FeatcacheError where a
     library is missing that only some formats need.
     """
-    paths = tuple(map(parse_location, files))
-    if not paths:
-        raise ManifestError("no data files given; name at least one with --data")
-    found = [(file, sampling) for path in paths for file, sampling in _files_of(path)]
-    for file, _ in found:
-        _require_readable(file)
-    root = parse_location(image_root) if image_root else _root_of(paths[0])
-    if not root.is_dir():
-        raise ManifestError(f"the image root {root} is not a directory; check --images")
-    manifest = Manifest([], root, paths)
-    damaged: list[DamagedFileError] = []
-    for file, sampling in found:
-        try:
-            elements: Iterable[tuple[str, Any]] = list_elements(file, root)
-            if sampling.kind != "all":
-                elements = sampling.choose(list(elements))
-            for origin, element in elements:
-                try:
-                    manifest.records.append(_record(element, origin, root))
-                except _UnusableError as reason:
-                    manifest.skipped.append(Skipped(origin, str(reason)))
-        except DamagedFileError as error:
-            damaged.append(error)
-    if damaged:
-        # All at once: to fetch them one by one, each after another walk over hundreds, takes hours.
-        raise ManifestError("; ".join(map(str, damaged)))
+    found = find_data(files, image_root)
+    manifest = Manifest([], found.image_root, found.named)
+    counts = [0] * len(found.named)
+    for entry in found.entries():
+        if isinstance(entry.outcome, Record):
+            manifest.records.append(entry.outcome)
+            counts[entry.file] += 1
+        else:
+            manifest.skipped.append(entry.outcome)
+    manifest.counts = tuple(counts)
     if not manifest.records:
         why = f"; the first was skipped: {manifest.skipped[0].reason}" if manifest.skipped else ""
-        raise ManifestError(f"{', '.join(map(str, paths))}: no usable records{why}")
+        raise ManifestError(f"{', '.join(map(str, found.named))}: no usable records{why}")
     return manifest
 
 
@@ -166,15 +233,18 @@ def _record(entry: Any, origin: str, root: StorePath) -> Record:
         raise _UnusableError(entry.reason)
     if not isinstance(entry, dict):
         raise _UnusableError(f"not a JSON object but {_type_name(entry)}")
-    if entry.get("video") and entry.get("image"):
-        raise _UnusableError("has both an image and a video")
-    images = tuple(_key(name, root) for name in _image_names(entry))
-    if "caption" in entry:
-        caption = entry["caption"]
+    names = _image_names(entry)
+    if not _is_none(entry.get("video")):
+        # Trained on without its video it would be a text that speaks of what is not shown.
+        raise _UnusableError(f"has {'both an image and ' * bool(names)}a video")
+    images = tuple(_key(name, root) for name in names)
+    caption = entry.get("caption")
+    # Exports of tables have every column in every record: null is what another one does not have.
+    if "caption" in entry and (caption is not None or entry.get("conversations") is None):
         if not isinstance(caption, str):
             raise _UnusableError(f"the caption is {_type_name(caption)}, not text")
         if not caption.strip():
-            raise _UnusableError("the caption is empty")
+            raise _UnusableError(EMPTY_CAPTION)
         turns: tuple[Turn, ...] = (
             Turn("human", f"{IMAGE_TOKEN}\n" * len(images)),
             Turn("gpt", caption.strip()),
@@ -200,16 +270,21 @@ def _record(entry: Any, origin: str, root: StorePath) -> Record:
 
 def _image_names(entry: dict[str, Any]) -> list[str]:
     """`images` (caption JSONL) or `image`, one or a list; none where the text says so."""
-    value = entry.get("images", entry.get("image"))
+    value = entry.get("images") or entry.get("image")
     names = value if isinstance(value, list) else [value]
     found: list[str] = []
     for name in names:
-        if name is None or str(name) in NO_IMAGE:
+        if _is_none(name):
             continue
         if not isinstance(name, str):
             raise _UnusableError(f"an image path is {_type_name(name)}, not text: {name!r}")
         found.append(name)
     return found
+
+
+def _is_none(value: Any) -> bool:
+    """Of an `image` or `video` field. Its value is judged by its text, as the original does."""
+    return value is None or value == [] or str(value) in NO_IMAGE
 
 
 def _key(name: str, root: StorePath) -> str:

@@ -15,6 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from align.data.holdout import STRATA, hold_out
+from align.data.mixing import FileShare, Mixture, compose, pair_up, repeats, unroll
 from align.data.templates import TemplateConfig, render
 from align.errors import DataError, TemplateError
 from featcache.join import StoreJoin
@@ -35,10 +37,24 @@ class DataConfig:
     it."""
     val_files: list[str] = field(default_factory=list)
     """Files held out for validation; when given, nothing is held out of `files`."""
+    weights: list[float] = field(default_factory=list)
+    """How often the records of each of `files` come in an epoch of training, one number a file:
+    0.5 takes half of them, 2.5 all twice and half of them once more. Empty takes all once."""
     eval_ratio: float = 0.02
     """Share of the samples held out for validation; 0 holds nothing out."""
+    stratify: str = "none"
+    """"length" holds out the same share of short and of long answers; "none" does not look at
+    them."""
     seed: int = 0
-    """Decides which samples are held out."""
+    """Decides which samples are held out, which come more often by `weights`, and which are
+    paired."""
+    multi_image_ratio: float = 0.0
+    """Share of the training samples that are composed of two single-image records ("Image 1: ...
+    Image 2: ..."), which are then not used by themselves."""
+    max_images: int | None = 2
+    """Records with more images are left out; null takes any number."""
+    text_only: str = "skip"
+    """What is done with records without images: "skip" leaves them out, "train" uses them."""
     max_samples: int | None = None
     """Use only the first so many samples (of `files`, before the split); null uses all."""
     max_length: int = 1536
@@ -51,6 +67,20 @@ class DataConfig:
         """What is wrong with the values, one "field: reason" each."""
         if not 0 <= self.eval_ratio < 1:
             yield f"eval_ratio: must be in [0, 1), got {self.eval_ratio}"
+        if self.stratify not in STRATA:
+            yield f"stratify: must be one of {', '.join(STRATA)}, got {self.stratify!r}"
+        if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights):
+            yield f"weights: must be at least 0 and finite, got {self.weights}"
+        elif self.weights and not any(self.weights):
+            yield f"weights: at least one must be above 0, got {self.weights}"
+        if not 0 <= self.multi_image_ratio <= 1:
+            yield f"multi_image_ratio: must be in [0, 1], got {self.multi_image_ratio}"
+        if self.max_images is not None and self.max_images < 1:
+            yield f"max_images: must be at least 1 or null, got {self.max_images}"
+        if self.multi_image_ratio and self.max_images == 1:
+            yield "multi_image_ratio: composes samples of two images, where max_images=1 allows one"
+        if self.text_only not in ("skip", "train"):
+            yield f'text_only: must be "skip" or "train", got {self.text_only!r}'
         if self.max_samples is not None and self.max_samples < 1:
             yield f"max_samples: must be at least 1 or null, got {self.max_samples}"
         if self.max_length < 1:
@@ -130,6 +160,7 @@ class DataSplits:
     left_out: the `left_out_records` counted.
     division: digest of which records were held out of `files` and which were not, in order; those
         without features count, so it is the same whatever the store holds.
+    mixture: what `train` is made of.
     shared_images: images of validation files that are trained on as well.
     """
 
@@ -139,6 +170,7 @@ class DataSplits:
     left_out: LeftOut
     left_out_records: list[LeftOutRecord]
     division: str
+    mixture: Mixture
     shared_images: int = 0
 
     def split(self, name: str) -> list[Sample]:
@@ -185,10 +217,12 @@ def build_splits(config: DataConfig, template: TemplateConfig, stores: StoreJoin
     """Reads the data files, joins them with the stores by image key, and holds out a split.
 
     A record's side is decided before it is known whether it has features: those of another store,
-    or of this one after a repair, leave every other record where it was.
+    or of this one after a repair, leave every other record where it was. So are weights and pairs,
+    and both only for what is trained on.
 
-    Raises DataError where a file is not named anywhere, nothing remains to train on, or a larger
-    share than `data.max_missing` has no features; ManifestError where a file cannot be read.
+    Raises DataError where a file is not named anywhere, nothing remains to train on, a larger
+    share than `data.max_missing` has no features, or weights or pairs do not fit the records;
+    ManifestError where a file cannot be read.
     """
     held = {_place(file) for file in config.val_files}
     if twice := [file for file in config.files if _place(file) in held]:
@@ -198,17 +232,25 @@ def build_splits(config: DataConfig, template: TemplateConfig, stores: StoreJoin
         )
     config = with_sources(config, stores.stores[0])
     assert config.images is not None
-    files, images = config.files, config.images
+    files = config.files
+    if config.weights and len(config.weights) != len(files):
+        raise DataError(
+            f"data.weights: {len(config.weights)} numbers for {len(files)} data files "
+            f"({', '.join(files)}); give one for each"
+        )
     unusable: list[LeftOutRecord] = []
     missing: list[LeftOutRecord] = []
-    joined, found = _load(files, images, template, stores, unusable, missing, config.max_samples)
+    joined, file_of, found = _load(
+        files, config, template, stores, unusable, missing, config.max_samples
+    )
     records = [each.record if isinstance(each, Sample) else each for each in joined]
     if config.val_files:
         held_out = np.zeros(len(records), np.bool_)
     else:
-        held_out = hold_out(records, config.eval_ratio, config.seed)
-    train, val = _usable(joined, ~held_out), _usable(joined, held_out)
-    if not train:
+        held_out = hold_out(records, config.eval_ratio, config.seed, config.stratify)
+    val = _usable(joined, held_out)
+    trainable = len(_usable(joined, ~held_out))
+    if not trainable:
         left_out = LeftOut.of(unusable + missing)
         why = str(left_out) if left_out.total else "the files are empty"
         cure = f"; {_how_to_add_features(stores)}" if missing else ""
@@ -216,14 +258,15 @@ def build_splits(config: DataConfig, template: TemplateConfig, stores: StoreJoin
             f"{', '.join(map(str, files))}: none of {found:,} records can be trained on with "
             f"{_paths(stores)}: {why}{cure}"
         )
+    train, mixture = _mix(joined, file_of, ~held_out, config, template)
     found_val = shared = 0
     if config.val_files:
-        joined_val, found_val = _load(
-            config.val_files, images, template, stores, unusable, missing, None
+        joined_val, _, found_val = _load(
+            config.val_files, config, template, stores, unusable, missing, None
         )
         val = _usable(joined_val, np.ones(len(joined_val), np.bool_))
         shared = len(_first_rows(train) & _first_rows(val))
-    _require_features(len(train) + len(val), missing, config.max_missing, stores)
+    _require_features(trainable + len(val), missing, config.max_missing, stores)
     left_out_records = unusable + missing
     return DataSplits(
         train=train,
@@ -232,6 +275,7 @@ def build_splits(config: DataConfig, template: TemplateConfig, stores: StoreJoin
         left_out=LeftOut.of(left_out_records),
         left_out_records=left_out_records,
         division=_division(records, held_out),
+        mixture=mixture,
         shared_images=shared,
     )
 
@@ -264,6 +308,64 @@ def _usable(joined: Sequence[Sample | Record], chosen: NDArray[np.bool_]) -> lis
         for each, is_in in zip(joined, chosen, strict=True)
         if is_in and isinstance(each, Sample)
     ]
+
+
+def _mix(
+    joined: Sequence[Sample | Record],
+    file_of: NDArray[np.int32],
+    trained: NDArray[np.bool_],
+    config: DataConfig,
+    template: TemplateConfig,
+) -> tuple[list[Sample], Mixture]:
+    """The training samples: records by the weights of their files, some of them in pairs.
+
+    file_of: int32[n], of each record. trained: bool[n]. What was drawn and has no features is left
+    out; of a pair, the other one stays by itself.
+    """
+    chosen = np.flatnonzero(trained)
+    records = [each.record if isinstance(each, Sample) else each for each in joined]
+    candidates = [records[i] for i in chosen]
+    times = np.zeros(len(joined), np.int64)
+    times[chosen] = repeats(candidates, file_of[chosen], config.weights, config.seed)
+    entries = unroll(times).tolist()
+    pairs = pair_up([records[i] for i in entries], config.multi_image_ratio, config.seed)
+    partner = {min(pair): pair for pair in pairs}
+    is_second = {max(pair) for pair in pairs}
+    train: list[Sample] = []
+    composed = 0
+    for place, i in enumerate(entries):
+        if place in is_second:
+            continue
+        of_place = [joined[entries[each]] for each in partner.get(place, ())] or [joined[i]]
+        samples = [each for each in of_place if isinstance(each, Sample)]
+        if len(samples) == 2:
+            composed += 1
+            samples = [_composed(samples[0], samples[1], template.prompt_many)]
+        train += samples
+    if not train:
+        raise DataError(
+            f"data.weights={config.weights}: leave none of the records that have features to train "
+            "on; make them larger"
+        )
+    usable = np.array([isinstance(each, Sample) for each in joined], np.bool_)
+    shares = [
+        FileShare(
+            file,
+            weight,
+            int(np.count_nonzero(usable & trained & (file_of == number))),
+            int(times[usable & (file_of == number)].sum()),
+        )
+        for number, (file, weight) in enumerate(
+            zip(config.files, config.weights or [1.0] * len(config.files), strict=True)
+        )
+    ]
+    return train, Mixture(tuple(shares), composed)
+
+
+def _composed(first: Sample, second: Sample, question: str) -> Sample:
+    return Sample(
+        compose(first.record, second.record, question), np.concatenate([first.rows, second.rows])
+    )
 
 
 def _division(records: Sequence[Record], held_out: NDArray[np.bool_]) -> str:
@@ -312,61 +414,37 @@ def _how_to_add_to(store: Store) -> str:
     return f"to add features, run `featcache extract --out {store.path}` with this data ({listed})"
 
 
-def num_held_out(samples: int, ratio: float) -> int:
-    """How many of `samples` go to validation: the nearest whole number, at least 1 if ratio > 0.
-
-    558,128 at 0.02 are 11,163; one sample stays for training whatever the ratio.
-    """
-    if ratio == 0 or samples < 2:
-        return 0
-    return min(samples - 1, max(1, math.floor(samples * ratio + 0.5)))
-
-
-def hold_out(records: Sequence[Record], ratio: float, seed: int) -> NDArray[np.bool_]:
-    """bool[n], true where a record belongs to validation.
-
-    Records are ranked by a hash of (seed, first image, id) and the lowest are held out, so a
-    record's side does not depend on the order of the file, and hardly on which other records there
-    are: dropping one moves at most one other. Records of one image are neighbours in that order, so
-    an image's captions stay on one side, but for at most one image at the border.
-    """
-
-    def rank(record: Record) -> tuple[int, str]:
-        group = record.images[0] if record.images else record.id
-        return xxhash.xxh3_64_intdigest(f"{seed}:{group}".encode()), record.id
-
-    mask = np.zeros(len(records), np.bool_)
-    order = sorted(range(len(records)), key=lambda i: rank(records[i]))
-    mask[order[: num_held_out(len(records), ratio)]] = True
-    return mask
-
-
 def _load(
-    files: Sequence[str | Path],
-    images: str | Path,
+    files: Sequence[str],
+    config: DataConfig,
     template: TemplateConfig,
     stores: StoreJoin,
     unusable: list[LeftOutRecord],
     missing: list[LeftOutRecord],
     limit: int | None,
-) -> tuple[list[Sample | Record], int]:
+) -> tuple[list[Sample | Record], NDArray[np.int32], int]:
     """Of some files in their order the usable samples, among them the records for which only
-    features are missing; and how many records the files hold.
+    features are missing; int32[n], which of the files each is from; and how many records the files
+    hold.
 
     Adds the latter to `missing`, those that cannot be used to `unusable`. Ends after the first
     `limit` samples.
     """
-    manifest = read_manifest(files, images)
+    manifest = read_manifest(files, config.images)
     for skipped in manifest.skipped:
         unusable.append(LeftOutRecord(skipped.origin, skipped.reason, skipped.origin, ()))
     fitting: list[Record] = []
-    for record in manifest.records:
+    file_of: list[int] = []
+    numbers = np.repeat(np.arange(len(manifest.counts)), manifest.counts).tolist()
+    for record, number in zip(manifest.records, numbers, strict=True):
         try:
+            _require_wanted(record, config)
             render(record, template)
-        except TemplateError as error:
+        except (DataError, TemplateError) as error:
             unusable.append(LeftOutRecord(record.id, str(error), record.origin, record.images))
         else:
             fitting.append(record)
+            file_of.append(number)
     joined: list[Sample | Record] = []
     usable = 0
     for each in _join(fitting, stores, missing):
@@ -374,7 +452,16 @@ def _load(
         usable += isinstance(each, Sample)
         if usable == limit:
             break
-    return joined, len(manifest.records) + len(manifest.skipped)
+    found = len(manifest.records) + len(manifest.skipped)
+    return joined, np.array(file_of[: len(joined)], np.int32), found
+
+
+def _require_wanted(record: Record, config: DataConfig) -> None:
+    """Raises DataError for a record that the config leaves out, whatever the template can do."""
+    if not record.images and config.text_only == "skip":
+        raise DataError("no image (data.text_only=skip)")
+    if config.max_images is not None and len(record.images) > config.max_images:
+        raise DataError(f"more images than data.max_images={config.max_images}")
 
 
 def _join(

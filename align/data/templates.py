@@ -5,7 +5,8 @@ marked as supervised or not; `align.data.tokens` tokenises them one by one, so l
 spans and never from looking for a token again.
 
 To add a template: a function `Record, TemplateConfig -> list[Segment]` and a line in `TEMPLATES`.
-It is called only with records that have images, an answer, and an `<image>` for each image or none.
+It is called only with records that have an answer, and an `<image>` for each image or none; records
+without images reach it only with data.text_only=train.
 """
 
 from __future__ import annotations
@@ -114,7 +115,11 @@ def _caption(record: Record, config: TemplateConfig) -> list[Segment]:
     token are learned. Source: the Qwen3 alignment run's templates A (one image) and B (several).
     """
     caption = _one_answer(record)
-    prompt = config.prompt if len(record.images) == 1 else config.prompt_many
+    if not record.images:
+        # The prompts speak of images; without any, the record's own question is all there is.
+        prompt = next((turn.text.strip() for turn in record.turns if turn.role == "human"), "")
+    else:
+        prompt = config.prompt if len(record.images) == 1 else config.prompt_many
     segments: list[Segment] = []
     for image in range(len(record.images)):
         segments += [Slots(image), Text("\n")]
@@ -130,6 +135,8 @@ def _plain(record: Record, config: TemplateConfig) -> list[Segment]:
     """
     if len([turn for turn in record.turns if turn.role != "system"]) != 2:
         raise TemplateError('template "plain" needs exactly one question and one answer')
+    if not record.images:
+        raise TemplateError('template "plain" needs an image')
     slots: list[Segment] = [Slots(image) for image in range(len(record.images))]
     return [*slots, Text(_one_answer(record) + "\n", supervised=True)]
 
@@ -160,8 +167,6 @@ def _one_answer(record: Record) -> str:
 
 def _check_placeholders(record: Record) -> None:
     """Every `<image>` in the text must have its image; where there is none the template adds it."""
-    if not record.images:
-        raise TemplateError("no image")
     written = 0
     for turn in record.turns:
         count = turn.text.count(PLACEHOLDER)

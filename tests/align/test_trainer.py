@@ -113,7 +113,15 @@ def test_a_run_and_its_folder(store: Store, make_config: MakeConfig, tmp_path: P
     assert load_config(folder.config) == replace(config, data=data)
     info = folder.read_info()
     assert (info["status"], info["step"]) == ("finished", 20)
-    assert info["samples"] == {"train": 32, "val": 8, "found": 40, "left_out": {}}
+    (file,) = store.source["data"]
+    share = {"file": file, "weight": 1.0, "records": 32, "samples": 32}
+    assert info["samples"] == {
+        "train": 32,
+        "val": 8,
+        "found": 40,
+        "left_out": {},
+        "mixture": {"files": [share], "pairs": 0},
+    }
     assert [c.step for c in list_checkpoints(folder.checkpoints)] == [16, 20]
     kinds = [line["kind"] for line in read_metrics(folder.metrics)]
     assert (kinds.count("train"), kinds.count("eval"), kinds.count("samples")) == (20, 7, 2)

@@ -43,6 +43,7 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
 def test_commands_are_those_promised() -> None:
     assert list(group.table) == [
         "train",
+        "filter",
         "show",
         "eval",
         "caption",

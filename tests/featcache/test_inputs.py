@@ -19,6 +19,7 @@ from align.data.dataset import DataConfig, build_splits
 from align.data.templates import TemplateConfig
 from featcache.errors import ManifestError
 from featcache.extract import ExtractOptions, extract
+from featcache.join import StoreJoin
 from featcache.manifests import Record, Turn, read_manifest
 from featcache.mixtures import Sampling
 from tests.support import feature_files, write_captions, write_images
@@ -481,7 +482,9 @@ def test_the_same_bytes_from_every_kind_of_input(
     np.testing.assert_array_equal(store.rows(keys), store.rows(NAMES))
     # and training finds them with their captions.
     splits = build_splits(
-        DataConfig(eval_ratio=0, max_samples=3), TemplateConfig(name="caption"), store
+        DataConfig(eval_ratio=0, max_samples=3),
+        TemplateConfig(name="caption"),
+        StoreJoin([store]),
     )
     assert [sample.record.images[0] for sample in splits.train] == keys[:3]
     assert all(sample.record.turns[1].text.startswith("image ") for sample in splits.train)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from featcache.errors import ManifestError
-from featcache.manifests import Record, Turn, read_manifest
+from featcache.manifests import Record, Skipped, Turn, find_data, read_manifest
 
 
 def written(tmp_path: Path, name: str, content: object) -> Path:
@@ -57,6 +57,75 @@ def test_cambrian_jsonl_edge_cases(tmp_path: Path) -> None:
     assert [(s.origin, s.reason) for s in manifest.skipped] == [
         ("cambrian.jsonl:7", "has both an image and a video")
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"video": "1.mp4"}, "has a video"),
+        ({"video": ["1.mp4"]}, "has a video"),
+        ({"video": "1.mp4", "image": "nan"}, "has a video"),
+        ({"video": "1.mp4", "images": ["1.jpg"]}, "has both an image and a video"),
+        ({"video": "1.mp4", "image": ["1.jpg"]}, "has both an image and a video"),
+    ],
+)
+def test_any_video_is_reported(tmp_path: Path, fields: dict[str, object], reason: str) -> None:
+    """Without an image, too: as a text it would speak of what is not shown."""
+    lines = [{**fields, "conversations": ANSWER}, {"image": "ok.png", "caption": "b"}]
+    manifest = read_manifest([written(tmp_path, "x.jsonl", lines)])
+    assert manifest.skipped == [Skipped("x.jsonl:1", reason)]
+
+
+@pytest.mark.parametrize("nothing", [None, "", "None", "none", "nan", []])
+def test_a_video_field_that_says_none_is_none(tmp_path: Path, nothing: object) -> None:
+    lines = [{"image": "1.jpg", "video": nothing, "conversations": ANSWER}]
+    assert read_manifest([written(tmp_path, "x.jsonl", lines)]).image_keys() == ["1.jpg"]
+
+
+def test_tables_have_every_column_in_every_record(tmp_path: Path) -> None:
+    """Of a union of sources: null stands for what the record's own source does not have."""
+    lines = [
+        {"image": "1.jpg", "images": None, "caption": None, "conversations": ANSWER},
+        {"image": None, "images": ["2.jpg"], "caption": "b", "conversations": None, "video": None},
+        {"image": "3.jpg", "images": [], "caption": "c", "video": []},
+    ]
+    first, second, third = read_manifest([written(tmp_path, "x.jsonl", lines)]).records
+    assert (first.images, first.turns[1].text) == (("1.jpg",), "A cat.")
+    assert (second.images, second.turns[1].text) == (("2.jpg",), "b")
+    assert (third.images, third.turns[1].text) == (("3.jpg",), "c")
+
+
+def test_a_list_of_images_may_hold_none(tmp_path: Path) -> None:
+    lines = [
+        {"image": ["1.jpg", None, ""], "conversations": ANSWER},
+        {"image": [], "conversations": ANSWER},
+    ]
+    records = read_manifest([written(tmp_path, "x.jsonl", lines)]).records
+    assert [record.images for record in records] == [("1.jpg",), ()]
+
+
+def test_a_dropped_answer_may_leave_nothing(tmp_path: Path) -> None:
+    lines = [{"image": "1.jpg", "conversations": [{"from": "gpt", "value": "Hello."}]}]
+    assert read_manifest([written(tmp_path, "x.jsonl", lines)]).records[0].turns == ()
+
+
+def test_records_are_counted_by_the_file_that_was_named(tmp_path: Path) -> None:
+    one = {"image": "1.jpg", "caption": "a"}
+    written(tmp_path, "a.jsonl", [one, {"image": "1.jpg"}, one])
+    written(tmp_path, "b1.json", [one])
+    written(tmp_path, "b2.json", [one, one])
+    files = [tmp_path / "a.jsonl", tmp_path / "b{1,2}.json", tmp_path / "a.jsonl"]
+    manifest = read_manifest(files)
+    assert manifest.counts == (2, 3, 2)
+    assert len(manifest.records) == 7 and len(manifest.skipped) == 2
+
+
+def test_entries_hold_what_the_file_holds(tmp_path: Path) -> None:
+    lines = [{"image": "a/../1.jpg", "caption": " A. ", "width": 1.5}, 3]
+    entries = list(find_data([written(tmp_path, "x.jsonl", lines)]).entries())
+    assert [entry.element for entry in entries] == lines
+    assert isinstance(entries[0].outcome, Record) and entries[0].outcome.images == ("1.jpg",)
+    assert entries[1].outcome == Skipped("x.jsonl:2", "not a JSON object but int")
 
 
 def test_caption_jsonl(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import featcache
-from align.data.dataset import DataConfig, LeftOut, build_splits, hold_out, num_held_out
+from align.data.dataset import DataConfig, LeftOut, build_splits
+from align.data.holdout import hold_out, num_held_out
 from align.data.templates import TemplateConfig
 from align.errors import DataError
 from featcache.convert import convert

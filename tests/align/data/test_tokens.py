@@ -135,7 +135,6 @@ def test_begin_of_text_goes_in_front(llm: FrozenLLM) -> None:
         (record("  "), "no caption"),
         (record("a", images=2, human="<image>"), "wrong number of <image>"),
         (record("see <image>"), "<image> in the answer"),
-        (Record("x", (), (Turn("human", "hi"), Turn("gpt", "a")), None, "x"), "no image"),
     ],
 )
 def test_records_that_do_not_fit(llm: FrozenLLM, wrong: Record, reason: str) -> None:
@@ -213,3 +212,18 @@ def test_a_token_that_ends_the_answer_keeps_what_it_holds_before_the_end(llm: Fr
         assert said == ("a cat" + decode([stop]).split("\n")[0]).strip()
     newline = ids(llm.tokenizer, "\n")
     assert encode.answer_text([*ids(llm.tokenizer, "a cat."), *newline]) == "a cat."
+
+
+TEXT_ONLY = Record("x", (), (Turn("human", "Say hello."), Turn("gpt", "Hello.")), None, "x:1")
+
+
+def test_text_without_images_is_asked_its_own_question(llm: FrozenLLM) -> None:
+    sample = encoder(llm).encode(TEXT_ONLY, [])
+    learned = [*ids(llm.tokenizer, "Hello."), llm.tokenizer.eos_token_id]
+    assert sample.input_ids.tolist() == ids(llm.tokenizer, "Say hello.\n") + learned
+    assert sample.num_supervised == len(learned) and not sample.is_slot.any()
+
+
+def test_the_plain_template_needs_an_image(llm: FrozenLLM) -> None:
+    with pytest.raises(TemplateError, match='"plain" needs an image'):
+        encoder(llm, name="plain").encode(TEXT_ONLY, [])

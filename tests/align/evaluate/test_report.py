@@ -135,7 +135,7 @@ def test_the_same_run_gives_the_same_page(run: Run) -> None:
 
 def test_run_without_evaluation_and_without_image_files(run: Run) -> None:
     config = run.folder.config
-    config.write_text(re.sub("images: .*", "images: /nowhere", config.read_text()))
+    config.write_text(re.sub(r"(?m)^  images: .*", "  images: /nowhere", config.read_text()))
     page = Page(write_report(run.path).read_text())
     assert "Not evaluated yet" in page.text
     assert "image file not found" in page.text
