@@ -58,6 +58,9 @@ class TrainConfig:
     """Forward passes per optimizer step; a step sees batch_size * grad_accum samples."""
     seed: int = 0
     """Of the connector's initial weights, the order of the samples, and dropout."""
+    init_from: str | None = None
+    """What the connector starts from: a run's folder, a checkpoint's, or what `align import` wrote;
+    null starts from random weights. A resumed run does not read it again."""
     shuffle_window: int = 0
     """0 shuffles all samples together. Above it, so many shards of the store are shuffled together
     at a time, for spinning disks and object stores: less random, see docs/sampling.md."""

@@ -5,6 +5,7 @@ AlignError
 ├── TemplateError      a template the tokenizer or the record cannot do
 ├── ModelError         a language model that cannot be loaded or does not fit the connector
 ├── CheckpointError    a checkpoint that is missing, torn, or of another model
+├── InteropError       weights that another tool wrote, or is to read, and that cannot be taken over
 └── RunError           a run directory that cannot be used as asked
 """
 
@@ -35,3 +36,7 @@ class CheckpointError(AlignError):
 
 class RunError(AlignError):
     """A run directory that cannot be used as asked."""
+
+
+class InteropError(AlignError):
+    """Weights that another tool wrote, or is to read, and that cannot be taken over whole."""

@@ -46,7 +46,7 @@ def caption_images(
     """
     towers = [
         _Tower.load(speaker, voice, name)
-        for voice, name in zip(speaker.voices, _names(speaker, encoders), strict=True)
+        for voice, name in zip(speaker.voices, encoder_names(speaker, encoders), strict=True)
     ]
     pixels: list[list[NDArray[np.uint8]]] = [[] for _ in towers]
     sizes = []
@@ -74,7 +74,32 @@ def caption_images(
     return said
 
 
-def _names(speaker: Speaker, encoders: Sequence[str]) -> Sequence[str]:
+def encoder_of(speaker: Speaker, voice: Voice, name: str) -> Encoder:
+    """The encoder `name`, on the run's device.
+
+    Raises EncoderError where it cannot be loaded, and FingerprintMismatch where the features of
+    `voice` were made by another.
+    """
+    stored = voice.fingerprint
+    loaded = load_encoder(
+        name,
+        layers=stored["features"]["layers"],
+        device=speaker.model.device,
+        random_weights=stored["encoder"]["random_weights"],
+        fit=fit_of(stored),
+    )
+    require_same(
+        _deciding(stored),
+        _deciding(fingerprint(loaded)),
+        left_name=f"the store of {speaker.path}",
+        right_name=f"encoder {loaded.name}",
+        cure="give the encoder that the store was made with: --encoder NAME|HUB_ID|FOLDER",
+    )
+    return loaded
+
+
+def encoder_names(speaker: Speaker, encoders: Sequence[str]) -> Sequence[str]:
+    """Of each of the run's, `encoders` where they are given. Raises ConfigError."""
     if not encoders:
         return [voice.fingerprint["encoder"]["name"] for voice in speaker.voices]
     if len(encoders) != len(speaker.voices):
@@ -95,21 +120,7 @@ class _Tower:
 
     @classmethod
     def load(cls, speaker: Speaker, voice: Voice, name: str) -> _Tower:
-        stored = voice.fingerprint
-        loaded = load_encoder(
-            name,
-            layers=stored["features"]["layers"],
-            device=speaker.model.device,
-            random_weights=stored["encoder"]["random_weights"],
-            fit=fit_of(stored),
-        )
-        require_same(
-            _deciding(stored),
-            _deciding(fingerprint(loaded)),
-            left_name=f"the store of {speaker.path}",
-            right_name=f"encoder {loaded.name}",
-            cure="give the encoder that the store was made with: --encoder NAME|HUB_ID|FOLDER",
-        )
+        loaded = encoder_of(speaker, voice, name)
         return cls(loaded, voice.layer, voice.codec.to(speaker.model.device))
 
     def encode(

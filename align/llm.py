@@ -87,8 +87,10 @@ class FrozenLLM:
         return self.model.base_model
 
 
-def load_llm(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> FrozenLLM:
+def load_llm(config: LLMConfig, device: torch.device, dtype: torch.dtype | None) -> FrozenLLM:
     """Loads and freezes a causal language model.
+
+    dtype: of its weights; None takes that of the checkpoint.
 
     Raises ModelError where it cannot be found or read, has no output layer of the plain kind, or
     lacks the token that slots are to carry.
@@ -100,7 +102,7 @@ def load_llm(config: LLMConfig, device: torch.device, dtype: torch.dtype) -> Fro
             model, report = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=config.revision,
-                dtype=dtype,
+                dtype=dtype or "auto",
                 attn_implementation=config.attention,
                 output_loading_info=True,
             )

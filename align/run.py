@@ -283,7 +283,7 @@ def assemble(config: RunConfig, features: Sequence[StorePath | str], path: Path)
     towers = [(store.num_patches, store.width) for store in opened]
     # Before the language model is loaded, which may take minutes.
     check_connector(config.connector, towers, config.layout)
-    padded = _are_padded(config, [store.fingerprint for store in opened])
+    padded = are_padded(config, [store.fingerprint for store in opened])
     model, encoder = _build(config, towers, padded)
     return Run(
         path=path,
@@ -297,12 +297,20 @@ def assemble(config: RunConfig, features: Sequence[StorePath | str], path: Path)
 
 
 def _build(
-    config: RunConfig, towers: Sequence[tuple[int, int]], padded: bool
+    config: RunConfig,
+    towers: Sequence[tuple[int, int]],
+    padded: bool,
+    *,
+    as_stored: bool = False,
 ) -> tuple[AlignModel, SampleEncoder]:
-    """The language model with an untrained connector in front, and what writes its sequences."""
-    device = resolve_device(config.train.device)
-    bf16 = _is_bf16(config, device)
-    llm = load_llm(config.llm, device, torch.bfloat16 if bf16 else torch.float32)
+    """The language model with an untrained connector in front, and what writes its sequences.
+
+    as_stored: see `load_speaker`.
+    """
+    device = torch.device("cpu") if as_stored else resolve_device(config.train.device)
+    bf16 = not as_stored and _is_bf16(config, device)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    llm = load_llm(config.llm, device, None if as_stored else dtype)
     torch.manual_seed(config.train.seed)
     connector = build_connector(
         config.connector, towers, llm.hidden_size, config.layout, padded=padded
@@ -356,8 +364,11 @@ def load_run(
     return run
 
 
-def load_speaker(path: Path | str, checkpoint: str = "last") -> Speaker:
+def load_speaker(path: Path | str, checkpoint: str = "last", *, as_stored: bool = False) -> Speaker:
     """A trained run's connector and language model, in eval mode; its store may be gone.
+
+    as_stored: on the CPU, the language model in the dtype of its checkpoint, to be written again
+        rather than run.
 
     Raises RunError and CheckpointError as `load_run` does.
     """
@@ -367,7 +378,9 @@ def load_speaker(path: Path | str, checkpoint: str = "last") -> Speaker:
     found = find_checkpoint(folder.checkpoints, checkpoint)
     state = found.state()
     towers = [(patches, width) for patches, width in state["widths"]["towers"]]
-    model, encoder = _build(config, towers, _are_padded(config, state["stores"]))
+    model, encoder = _build(
+        config, towers, are_padded(config, state["stores"]), as_stored=as_stored
+    )
     _check_same_model(state, model, found)
     load_connector(found, model.connector)
     model.eval()
@@ -497,7 +510,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
             images=None if data.images is None else absolute_path(data.images),
         ),
         train=dataclasses.replace(
-            train, cache_dir=None if train.cache_dir is None else absolute_path(train.cache_dir)
+            train,
+            cache_dir=None if train.cache_dir is None else absolute_path(train.cache_dir),
+            init_from=None if train.init_from is None else absolute_path(train.init_from),
         ),
     )
 
@@ -520,7 +535,7 @@ def _check_encoders(config: RunConfig, stores: Sequence[Store]) -> None:
             )
 
 
-def _are_padded(config: RunConfig, fingerprints: Sequence[dict[str, Any]]) -> bool:
+def are_padded(config: RunConfig, fingerprints: Sequence[dict[str, Any]]) -> bool:
     """Whether images were padded to squares, in every store.
 
     Raises ConfigError where the connector must know that and stores differ, or where unpadding is

@@ -27,6 +27,7 @@ from align.data.collate import Batch, Loader
 from align.data.dataset import LeftOutRecord, with_sources
 from align.data.sampling import StepSampler
 from align.errors import AlignError, CheckpointError, DataError, RunError
+from align.init_from import initialise
 from align.optim import build_optimizer
 from align.run import Run, RunFolder, absolute, absolute_paths, assemble, restore, versions
 from align.tracking import (
@@ -81,6 +82,7 @@ class Session:
     """What the loop holds besides the model.
 
     loss, eval_loss: the newest known; eval_step: the step that eval_loss was measured at.
+    init_from: what the connector's first weights were; None for random ones.
     unchecked: (step, [loss, gradient norm]) not yet looked at.
     """
 
@@ -94,6 +96,7 @@ class Session:
     loss: float | None = None
     eval_loss: float | None = None
     eval_step: int | None = None
+    init_from: dict[str, Any] | None = None
     unchecked: list[tuple[int, Tensor]] = field(default_factory=list)
     skipped_told: int = 0
 
@@ -157,6 +160,7 @@ class Session:
             "loss": self.loss,
             "eval_loss": self.eval_loss,
             "eval_step": self.eval_step,
+            "init_from": self.init_from,
         }
         train = self.run.config.train
         folder = self.run.folder.checkpoints
@@ -260,6 +264,7 @@ def start_session(
         restore_rng(state)
         session.loss = state["loss"]
         session.eval_loss, session.eval_step = state["eval_loss"], state["eval_step"]
+        session.init_from = state.get("init_from")
         session.log.drop_after(run.step)
         if before.data != config.data:
             # Its evaluations look where the run looks, and may do without what it does without.
@@ -269,6 +274,11 @@ def start_session(
         if other:
             session.tell(NoticeEvent(f"rounding may differ from before: {'; '.join(other)}"))
     else:
+        if train.init_from is not None:
+            model = run.model
+            start = initialise(model.connector, model.llm.hidden_size, Path(train.init_from))
+            session.init_from = start.describe()
+            session.tell(NoticeEvent(f"the connector starts from {start.file}"))
         try:
             out.mkdir(parents=True, exist_ok=True)
             remove_partial(folder.checkpoints)
@@ -330,6 +340,7 @@ def _info(session: Session, features: Sequence[StorePath | str]) -> dict[str, ob
             "left_out": run.splits.left_out.counts,
             "mixture": asdict(run.splits.mixture),
         },
+        "init_from": session.init_from,
         "total_steps": session.total_steps,
         "step": run.step,
         "versions": versions(),

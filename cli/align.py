@@ -18,6 +18,8 @@ group = LazyGroup(
             "cli.caption:caption",
             "Caption images on the live path.",
         ),
+        "export": ("cli.export:export", "A trained run for LLaVA, Cambrian or transformers."),
+        "import": ("cli.import_:import_file", "A projector of LLaVA or Cambrian, to start from."),
         "report": ("cli.report:report", "A run as one static HTML page."),
         "plan": (
             "cli.plan:plan",

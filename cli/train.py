@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 @click.option("--images", type=console.LOCATION, metavar="DIR", help="Image root [the store's].")
 @click.option("--llm", metavar="NAME", help="The language model: tiny, a hub id, or a folder.")
 @click.option("--out", type=Path, default=Path("run"), show_default=True, metavar="RUN")
+@click.option(
+    "--init-from",
+    type=Path,
+    metavar="PATH",
+    help="Start from the connector of a run, a checkpoint, or of `align import`.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in RUN.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(
@@ -45,6 +51,7 @@ def train(
     images: StorePath | None,
     llm: str | None,
     out: Path,
+    init_from: Path | None,
     resume: bool,
     overrides: tuple[str, ...],
 ) -> console.Document:
@@ -64,6 +71,8 @@ def train(
         settings.data.images = str(images)
     if llm is not None:
         settings.llm.name = llm
+    if init_from is not None:
+        settings.train.init_from = str(init_from)
     with TrainDisplay() as display:
         result = run(settings, list(features), out, resume=resume, on_event=display)
     return summarise(result)

@@ -47,6 +47,8 @@ def test_commands_are_those_promised() -> None:
         "show",
         "eval",
         "caption",
+        "export",
+        "import",
         "report",
         "plan",
         "bench",
