@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from align.checkpoint import Checkpoint, find_checkpoint
-from align.connectors import Connector
+from align.connectors import CONNECTORS, Connector
 from align.errors import CheckpointError
 from featcache.files import seal_of
 
@@ -53,9 +53,11 @@ def initialise(connector: Connector, out_width: int, path: Path) -> InitialWeigh
     """
     file, checkpoint = _find(path)
     tensors, stated = _read(file)
-    widths = checkpoint.state()["widths"] if checkpoint else stated
-    if widths is not None:
-        _require_widths(file, widths, connector.towers, out_width)
+    if checkpoint is not None:
+        state = checkpoint.state()
+        stated = {**state["widths"], "settings": _settings(state["config"])}
+    if stated is not None:
+        _require_widths(file, stated, connector.towers, out_width)
     _require_same_tensors(file, tensors, connector, stated)
     connector.load_state_dict(tensors)
     return InitialWeights(
@@ -101,10 +103,19 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     return tensors, json.loads(metadata[METADATA]) if METADATA in metadata else None
 
 
+def _settings(config: dict[str, Any]) -> str:
+    """KEY=VALUE of a checkpoint's connector and layout, those at their defaults left out."""
+    given = {"name": config["connector"]["name"]}
+    default = asdict(CONNECTORS[given["name"]]())  # type: ignore[call-overload]
+    given |= {key: v for key, v in config["connector"].items() if v != default.get(key)}
+    said = [f"connector.{key}={value}" for key, value in given.items()]
+    return " ".join([*said, *(f"layout.{key}=true" for key, on in config["layout"].items() if on)])
+
+
 def _require_widths(
     file: Path, widths: dict[str, Any], towers: Sequence[tuple[int, int]], out_width: int
 ) -> None:
-    """widths: {"towers": [[P or null, D], ...], "out_width": H}."""
+    """widths: with "towers", [[P or null, D], ...], and "out_width", H."""
     before, now = [width for _, width in widths["towers"]], [width for _, width in towers]
     if before != now:
         raise CheckpointError(

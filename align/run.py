@@ -460,19 +460,31 @@ def _check_same_division(state: dict[str, Any], run: Run) -> None:
 
 def _check_same_model(state: dict[str, Any], model: AlignModel, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError where the checkpoint's connector was trained for another model."""
-    changed = [
-        line
-        for line in diff_fields(
-            {"llm": state["llm"], "widths": state["widths"]},
-            {"llm": model.llm.identity, "widths": _widths(model)},
+    before, now = state["llm"], model.llm.identity
+    head = f"{checkpoint.path}: trained with another "
+    cure = f"use llm.name={before['name']}"
+    if before["name"] == now["name"]:
+        cure = f"what {now['name']} holds has changed since: bring that back, or train again"
+    if state["widths"]["out_width"] != model.llm.hidden_size:
+        raise CheckpointError(
+            f"{head}model: its connector makes vectors of width {state['widths']['out_width']} "
+            f"({before['name']}), {now['name']} takes {model.llm.hidden_size}; {cure}"
         )
-        # A model may be reached by another name; the probe tells whether it is another model.
-        if not line.startswith(("llm.name:", "llm.revision:"))
+    # A model may be reached by another name; the probe tells whether it is another model.
+    changed = [
+        line for line in diff_fields(before, now) if not line.startswith(("name:", "revision:"))
     ]
     if changed:
+        only = all(line.startswith("tokenizer.") for line in changed)
         raise CheckpointError(
-            f"{checkpoint.path}: trained with another model: {'; '.join(changed)}; "
-            f"use llm.name={state['llm']['name']}"
+            f"{head}{'tokenizer' if only else 'model'}: {'; '.join(changed)}; {cure}"
+        )
+    towers = [tuple(tower) for tower in state["widths"]["towers"]]
+    if towers != list(model.connector.towers):
+        raise CheckpointError(
+            f"{checkpoint.path}: its connector is for encoders of (patches, width) "
+            f"{', '.join(map(str, towers))}, the features here have "
+            f"{', '.join(map(str, model.connector.towers))}; use the stores it was trained on"
         )
 
 

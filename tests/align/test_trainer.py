@@ -340,11 +340,42 @@ def test_another_language_model_is_refused(
     save_llm(tmp_path / "wide", hidden_size=96)
     with pytest.raises(CheckpointError) as caught:
         load_run(tmp_path / "run", overrides=[f"llm.name={tmp_path / 'wide'}"])
-    message = str(caught.value)
-    assert "trained with another model" in message
-    assert "llm.hidden_size: 64 -> 96" in message
-    assert "widths.out_width: 64 -> 96" in message
-    assert "use llm.name=" in message
+    before = run_llm(tmp_path / "run")
+    assert str(caught.value).endswith(
+        f"step-00000006: trained with another model: its connector makes vectors of width 64 "
+        f"({before}), {tmp_path / 'wide'} takes 96; use llm.name={before}"
+    )
+    save_llm(tmp_path / "deep", num_hidden_layers=3)
+    with pytest.raises(
+        CheckpointError, match=r"another model: num_hidden_layers: 2 -> 3; .*; use llm\.name="
+    ):
+        load_run(tmp_path / "run", overrides=[f"llm.name={tmp_path / 'deep'}"])
+
+
+def test_another_tokenizer_is_refused(
+    store: Store,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    save_llm: Callable[..., None],
+) -> None:
+    """The same weights under other words; and a folder whose tokenizer has changed since."""
+    save_llm(tmp_path / "llm")
+    train(make_config(f"llm.name={tmp_path / 'llm'}"), [store.path], tmp_path / "run")
+    file = tmp_path / "llm" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["another word"] = vocabulary.pop("!")
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        CheckpointError,
+        match=r"another tokenizer: tokenizer\.digest: '\w+' -> '\w+'; what .*llm holds has changed",
+    ):
+        load_run(tmp_path / "run")
+
+
+def run_llm(run: Path) -> str:
+    """The language model that a run was trained with."""
+    return str(RunFolder(run).read_info()["llm"]["name"])
 
 
 def test_a_moved_run_and_store_load(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -130,6 +130,52 @@ def test_caption_is_the_cached_path_live(demo: Path, align: Align, tmp_path: Pat
     assert done.code == 1 and "t.tar holds no 2.png" in done.err and "\n" not in done.err[:-1]
 
 
+def test_export_import_and_start_from_it(demo: Path, align: Align, tmp_path: Path) -> None:
+    """The demo's resampler for transformers; an MLP for LLaVA, back, and a run that starts there."""
+    done = align("export", demo / "run", "--format", "hf", "--out", tmp_path / "hf", "--json")
+    assert done.code == 0
+    assert done.document["form"] == "hf" and done.document["step"] == 4
+    assert "load it with trust_remote_code=True" in done.err
+    assert done.err.splitlines()[-1].startswith(f"{tmp_path / 'hf'}: step 4, ")
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
+        "README.md",
+        "config.json",
+        "configuration_align.py",
+        "connector.py",
+        "export.json",
+        "generation_config.json",
+        "layout.py",
+        "model.safetensors",
+        "modeling_align.py",
+        "preprocessor_config.json",
+        "processing_align.py",
+        "processor_config.json",
+        "resampler.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    settings = ("--features", demo / "store.zarr", "connector.name=mlp", "train.steps=1")
+    settings = (*settings, "train.batch_size=4", "train.eval_every=0", "data.max_length=128")
+    mlp = tmp_path / "mlp"
+    assert align("train", "--out", mlp, *settings).code == 0
+    assert align("export", mlp, "--format", "llava", "--out", tmp_path / "llava").code == 0
+    file = tmp_path / "llava" / "mm_projector.bin"
+    done = align("import", file, "--format", "llava", "--out", tmp_path / "back", "--json")
+    back = tmp_path / "back" / "connector.safetensors"
+    assert done.document == {
+        "file": str(back),
+        "settings": "connector.name=mlp connector.depth=2",
+        "parameters": 96 * 128 + 128 + 128 * 128 + 128,
+    }
+    assert f"align train --init-from {back} connector.name=mlp connector.depth=2 ..." in done.err
+    again = tmp_path / "again"
+    done = align("train", "--out", again, "--init-from", tmp_path / "back", *settings)
+    assert done.code == 0
+    assert f"the connector starts from {back}\n" in done.err
+    resumed = align("train", "--out", again, "--resume", "--features", demo / "store.zarr")
+    assert resumed.code == 0 and "resuming at step 1 of 1" in resumed.err
+
+
 def test_show(demo: Path, align: Align) -> None:
     done = align("show", "--config", "demo", "--features", demo / "store.zarr", "-n", 1, "--json")
     assert done.code == 0
@@ -181,6 +227,28 @@ def test_configs(align: Align) -> None:
         (["caption", "{tmp}/none", "x.png"], 1, "{tmp}/none: not a run's folder"),
         (["eval", "{demo}/run", "--split", "test"], 1, "split test: there are train and val"),
         (["eval", "{demo}/run", "--checkpoint", "7"], 1, "7"),
+        (["export", "{tmp}", "--format", "hf", "--out", "{tmp}/o"], 1, "{tmp}: not a run's folder"),
+        (
+            ["export", "{demo}/run", "--format", "llava", "--out", "{tmp}/o"],
+            1,
+            "{demo}/run: LLaVA has linear and mlpNx_gelu projectors, this run's connector is",
+        ),
+        (["export", "{demo}/run", "--format", "gguf", "--out", "{tmp}/o"], 2, "'gguf' is not one"),
+        (["export", "{demo}/run", "--format", "hf", "--out", "{demo}"], 1, "no earlier export"),
+        (["import", "{tmp}/x", "--format", "llava", "--out", "{tmp}/o"], 1, "{tmp}/x: there is no"),
+        (
+            ["import", "{demo}/demo.json", "--format", "llava", "--out", "{tmp}/o"],
+            1,
+            "{demo}/demo.json: not a file of tensors that torch.save wrote",
+        ),
+        (
+            [
+                *("train", "--features", "{demo}/store.zarr", "--out", "{tmp}/r"),
+                *("--init-from", "{tmp}/none"),
+            ],
+            1,
+            "--init-from {tmp}/none: there is no such file or folder",
+        ),
         (["caption", "{demo}/run", "{tmp}/none.png"], 1, "{tmp}/none.png: missing"),
         (["caption", "{demo}/run", "{demo}/demo.json"], 1, "{demo}/demo.json: undecodable"),
         (["train", "--features", "{tmp}/none.zarr", "--out", "{tmp}/r"], 1, "{tmp}/none.zarr"),

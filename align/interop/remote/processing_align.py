@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from transformers import BatchFeature, ProcessorMixin
 
 from .connector import unpadded
@@ -20,9 +21,10 @@ class AlignVlmProcessor(ProcessorMixin):
     newline, unpad: of the layout.
     """
 
-    attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 - as transformers 4 wants it
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
+    if transformers.__version__.startswith("4."):  # version 5 reads the parts off __init__
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
     def __init__(
         self,
