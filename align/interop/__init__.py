@@ -26,7 +26,7 @@ from safetensors.torch import save
 from align.errors import InteropError
 from align.init_from import METADATA, WEIGHTS
 from align.interop import cambrian, hf, llava
-from align.interop.folder import Written
+from align.interop.folder import Written, require_free
 from align.interop.names import Projector
 from featcache.errors import ConfigError
 from featcache.files import publish
@@ -76,6 +76,7 @@ def export_run(
         raise ConfigError(f"--format {form}: there are {', '.join(EXPORTERS)}")
     if encoders and form != "hf":
         raise ConfigError(f"--encoder: only for --format hf; {form} holds no encoder")
+    require_free(out, force)  # before a language model is loaded, which may take minutes
     more: dict[str, Any] = {"encoders": encoders} if form == "hf" else {}
     return EXPORTERS[form](run, checkpoint, out, force=force, **more)
 

@@ -37,6 +37,17 @@ class Written:
     notices: tuple[str, ...]
 
 
+def require_free(out: Path, force: bool) -> Path:
+    """The absolute path. Raises InteropError for what is there and may not be replaced."""
+    out = out.expanduser().absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / MANIFEST).is_file():
+            raise InteropError(f"--out {out}: is there and is no earlier export; choose another")
+        if not force:
+            raise InteropError(f"--out {out}: holds an export; give --force, or another --out")
+    return out
+
+
 @contextmanager
 def published(out: Path, nbytes: int, force: bool) -> Iterator[Path]:
     """Within: an empty folder, which is `out` afterwards.
@@ -45,12 +56,7 @@ def published(out: Path, nbytes: int, force: bool) -> Iterator[Path]:
 
     Raises InteropError where `out` is in use, the disk is too small or does not take it.
     """
-    out = out.expanduser().absolute()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / MANIFEST).is_file():
-            raise InteropError(f"--out {out}: is there and is no earlier export; choose another")
-        if not force:
-            raise InteropError(f"--out {out}: holds an export; give --force, or another --out")
+    out = require_free(out, force)
     partial = out.with_name(f"{PARTIAL}{out.name}-{secrets.token_hex(4)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 from align.checkpoint import find_checkpoint, load_connector
 from align.config import RunConfig, load_config
 from align.connectors import Connector, build_connector
-from align.run import RunFolder, are_padded
+from align.run import RunFolder, are_padded, versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,12 @@ class Trained:
 
     def describe(self) -> dict[str, Any]:
         """Where an export is from, JSON-able."""
-        return {"run": str(self.path.absolute()), "step": self.step, "llm": self.state["llm"]}
+        return {
+            "run": str(self.path.absolute()),
+            "step": self.step,
+            "llm": self.state["llm"],
+            "versions": versions(),
+        }
 
 
 def load_trained(run: Path, checkpoint: str) -> Trained:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
@@ -25,36 +25,41 @@ from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
 )
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from align.checkpoint import find_checkpoint
 from align.config import RunConfig
+from align.connectors.conv import ConvConfig
+from align.connectors.mlp import MlpConfig
+from align.connectors.pooling import PoolConfig
+from align.connectors.sva import SvaConfig
 from align.errors import CheckpointError, InteropError, RunError
 from align.interop import export_run, import_projector
 from align.interop.hf import prompt_of
 from align.live import caption_images, encoder_of
 from align.run import RunFolder, load_speaker
 from align.trainer import train
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, FingerprintMismatch
 from featcache.extract import ExtractOptions, extract
+from featcache.manifests import Record
 from featcache.store import Store
 from tests.align.conftest import save_siglip
 
 MakeConfig = Callable[..., RunConfig]
 P, D, H = 16, 48, 64
 
-MLP = ("connector.name=mlp",)
 SHORT = ("train.steps=2", "train.eval_every=0", "eval.max_new_tokens=12")
 
 
 def mlp_config(make_config: MakeConfig, *overrides: str) -> RunConfig:
     """`make_config` names fields of the resampler, which an MLP has not."""
-    from align.connectors.mlp import MlpConfig
-
     config = make_config(*SHORT, *overrides)
     config.connector = MlpConfig()
     return config
@@ -223,8 +228,6 @@ def test_sva_round_trip(
     extract_again: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    from align.connectors.sva import SvaConfig
-
     (tmp_path / "other").mkdir()
     other = extract_again(tmp_path / "other", seed=5)
     config = make_config(*SHORT, "layout.newline=true")
@@ -521,7 +524,6 @@ def ours(run: Path, image: Path) -> tuple[Tensor, Tensor]:
     encoder = encoder_of(
         speaker, speaker.voices[0], speaker.voices[0].fingerprint["encoder"]["name"]
     )
-    from featcache.manifests import Record
 
     picture = Image.open(image).convert("RGB")
     pixels = encoder.collate([encoder.preprocess(picture)])
@@ -655,6 +657,82 @@ def save_llama(folder: Path, world: Path, tied: bool) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", ["pool", "conv", "deep", "last"])
+def test_what_plain_llava_has_not(
+    kind: str, world: Path, store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Other connectors, another encoder, the output of the final LayerNorm; saved and loaded once
+    more by transformers itself."""
+    source, encoder, layer = store.path, str(world / "siglip"), "-2"
+    if kind == "pool":
+        save_dinov2(tmp_path / "dinov2")
+        encoder = str(tmp_path / "dinov2")
+    if kind == "last":
+        layer = "last"
+    if kind in ("pool", "last"):
+        source = tmp_path / "store.zarr"
+        extract(
+            ExtractOptions(
+                model=encoder,
+                data=(world / "captions.jsonl",),
+                image_root=world / "images",
+                out=source,
+                layers=(layer,),
+            )
+        )
+    config = make_config(*SHORT)
+    config.connector = {
+        "pool": PoolConfig(side=2),
+        "conv": ConvConfig(side=2, width=16, depth=1),
+        "deep": MlpConfig(depth=3),
+        "last": MlpConfig(),
+    }[kind]
+    train(config, [source], tmp_path / "run")
+    out = tmp_path / f"remote_{kind}"
+    export_run(tmp_path / "run", "hf", out)
+    image = images_of(world, 31)[0]
+    prompt = prompt_of(load_speaker(tmp_path / "run").encoder)
+    logits, pixels = ours(tmp_path / "run", image)
+    folder = out
+    for again in (tmp_path / f"saved_{kind}", None):
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=True
+        )
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        inputs = processor(images=Image.open(image), text=prompt, return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"], pixels)
+        with torch.inference_mode():
+            # Measured: 0.
+            torch.testing.assert_close(model(**inputs).logits, logits, rtol=0, atol=5e-6)
+        if again is not None:
+            model.save_pretrained(again)
+            processor.save_pretrained(again)
+            folder = again
+
+
+def test_weights_under_other_names_are_an_error(resampler_run: Path, tmp_path: Path) -> None:
+    """What another version of transformers names otherwise must not begin anew in silence."""
+    out = tmp_path / "renamed"
+    export_run(resampler_run, "hf", out)
+    tensors = load_file(out / "model.safetensors")
+    tensors["vision_tower.other"] = tensors.pop("vision_tower.embeddings.patch_embedding.bias")
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        OSError, match=r"lacks 1 weights, first vision_tower.emb\S+; use .* export.json"
+    ):
+        AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+
+
+def save_dinov2(folder: Path) -> None:
+    torch.manual_seed(6)
+    config = Dinov2Config(
+        hidden_size=D, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    crop = {"height": 32, "width": 32}
+    BitImageProcessorPil(size={"shortest_edge": 36}, crop_size=crop).save_pretrained(folder)
+
+
 @pytest.mark.parametrize("kind", ["mlp", "newline"])
 def test_several_images_of_several_prompts(
     kind: str, request: pytest.FixtureRequest, world: Path, tmp_path: Path
@@ -689,6 +767,24 @@ def test_several_images_of_several_prompts(
                 pixel_values=batch["pixel_values"][:1],
                 image_sizes=batch["image_sizes"][:1],
             )
+
+
+@pytest.mark.parametrize("kind", ["mlp", "resampler"])
+def test_the_folders_readme_runs(
+    kind: str,
+    request: pytest.FixtureRequest,
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = request.getfixturevalue(f"{kind}_run")
+    out = tmp_path / f"readme_{kind}"
+    export_run(run, "hf", out)
+    (image,) = images_of(world, 3)
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    code = code.replace('folder = "."', f"folder = {str(out)!r}")
+    exec(code.replace('"image.jpg"', repr(str(image))), {})
+    assert capsys.readouterr().out.strip() == caption_images(load_speaker(run), [image])[0]
 
 
 def test_exported_names_are_those_that_both_versions_load(mlp_run: Path, tmp_path: Path) -> None:
@@ -738,8 +834,6 @@ def test_exported_in_another_precision(resampler_run: Path, tmp_path: Path) -> N
 
 
 def test_another_encoder_is_not_exported(mlp_run: Path, tmp_path: Path) -> None:
-    from featcache.errors import FingerprintMismatch
-
     save_siglip(tmp_path / "other", seed=9)
     with pytest.raises(FingerprintMismatch, match=r"encoder.weights: .*; give the encoder that"):
         export_run(mlp_run, "hf", tmp_path / "out", encoders=[str(tmp_path / "other")])

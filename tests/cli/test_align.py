@@ -131,7 +131,7 @@ def test_caption_is_the_cached_path_live(demo: Path, align: Align, tmp_path: Pat
 
 
 def test_export_import_and_start_from_it(demo: Path, align: Align, tmp_path: Path) -> None:
-    """The demo's resampler for transformers; an MLP for LLaVA, back, and a run that starts there."""
+    """The resampler for transformers; an MLP for LLaVA, back, and a run that starts there."""
     done = align("export", demo / "run", "--format", "hf", "--out", tmp_path / "hf", "--json")
     assert done.code == 0
     assert done.document["form"] == "hf" and done.document["step"] == 4

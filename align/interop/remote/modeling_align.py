@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
@@ -64,6 +65,21 @@ class AlignVlmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.connector = AlignConnector(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As everywhere in transformers, but weights that are missing are an error.
+
+        Raises OSError: versions of transformers differ in how they name some encoders' weights.
+        """
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        lacking = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+        if lacking:
+            raise OSError(
+                f"transformers {transformers.__version__} lacks {len(lacking)} weights, first "
+                f"{lacking[0]}; use the version that export.json names, or export again with this"
+            )
+        return (model, report) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
