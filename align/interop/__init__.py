@@ -90,6 +90,9 @@ def import_projector(file: Path, form: str, out: Path) -> Imported:
     """
     if form not in IMPORTERS:
         raise ConfigError(f"--format {form}: there are {', '.join(IMPORTERS)}")
+    target = out if out.suffix == ".safetensors" else out / WEIGHTS
+    if target.exists():
+        raise InteropError(f"--out {target}: is there already; choose another")
     projector = IMPORTERS[form](file)
     tensors = {
         name: tensor.to(torch.float32).contiguous() for name, tensor in projector.tensors.items()
@@ -101,7 +104,6 @@ def import_projector(file: Path, form: str, out: Path) -> Imported:
         "source": str(file.absolute()),
         "format": form,
     }
-    target = out if out.suffix == ".safetensors" else out / WEIGHTS
     try:
         publish(target, [save(tensors, metadata={METADATA: json.dumps(stated)})])
     except OSError as error:

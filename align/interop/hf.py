@@ -73,6 +73,11 @@ def export(
             f"plain Llava has no {trained.config.connector.name} connector of this kind: the "
             "folder has code of its own, load it with trust_remote_code=True"
         )
+    if not prompt_is_invertible(speaker.encoder):
+        notices.append(
+            "the tokenizer cuts the prompt, given as one text, into other tokens than in training: "
+            "what the exported model says may differ from `align caption`"
+        )
     with published(out, sum(sizes.values()), force) as folder:
         config = (
             _plain_config(speaker, encoder, tower)
@@ -320,16 +325,26 @@ def _copy_code(trained: Trained, folder: Path) -> None:
     publish(folder / "connector.py", [text.encode()])
 
 
+def prompt_is_invertible(encoder: SampleEncoder) -> bool:
+    """Whether `prompt_of` comes to the tokens that the run was trained with."""
+    again = encoder.tokenizer(prompt_of(encoder)).input_ids
+    return list(again) == _prompt_ids(encoder)
+
+
 def prompt_of(encoder: SampleEncoder) -> str:
     """The text that one image is asked with in the run's template, one image token for it.
 
     Without the begin-of-text token: a tokenizer that has one puts it there itself.
     """
-    record = Record("image", ("image",), (), None, "image")
-    ids = encoder.encode_prompt(record, [1]).input_ids.tolist()
+    ids = _prompt_ids(encoder)
     start = encoder.tokenizer("").input_ids
     ids = ids[len(start) :] if start and ids[: len(start)] == start else ids
     return str(encoder.tokenizer.decode(ids))
+
+
+def _prompt_ids(encoder: SampleEncoder) -> list[int]:
+    record = Record("image", ("image",), (), None, "image")
+    return [int(token) for token in encoder.encode_prompt(record, [1]).input_ids]
 
 
 def _readme(trained: Trained, speaker: Speaker, is_plain: bool) -> str:

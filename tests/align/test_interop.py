@@ -219,6 +219,8 @@ def test_cambrian_round_trip(newline_run: Path, tmp_path: Path, file: str) -> No
     export_run(newline_run, "cambrian", tmp_path / "out")
     done = import_projector(tmp_path / "out" / file, "cambrian", tmp_path / "back.safetensors")
     assert done.file == tmp_path / "back.safetensors"
+    with pytest.raises(InteropError, match=r"back.safetensors: is there already; choose another"):
+        import_projector(tmp_path / "out" / file, "cambrian", tmp_path / "back.safetensors")
     assert_equal(trained_weights(newline_run), load_file(done.file))
 
 
@@ -785,6 +787,16 @@ def test_the_folders_readme_runs(
     code = code.replace('folder = "."', f"folder = {str(out)!r}")
     exec(code.replace('"image.jpg"', repr(str(image))), {})
     assert capsys.readouterr().out.strip() == caption_images(load_speaker(run), [image])[0]
+
+
+def test_a_prompt_that_is_cut_otherwise_is_told(
+    mlp_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a tokenizer that would join what two spans of the template keep apart."""
+    assert export_run(mlp_run, "hf", tmp_path / "a").notices == ()
+    monkeypatch.setattr("align.interop.hf.prompt_of", lambda _: "something else")
+    (notice,) = export_run(mlp_run, "hf", tmp_path / "b").notices
+    assert notice.startswith("the tokenizer cuts the prompt, given as one text, into other tokens")
 
 
 def test_exported_names_are_those_that_both_versions_load(mlp_run: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from featcache.errors import ConfigError, CorruptStoreError, FingerprintMismatch
 from featcache.extract import ExtractOptions, extract
 from featcache.fingerprint import flatten
 from featcache.store import Store
+from tests.align.conftest import save_siglip
 
 MakeConfig = Callable[..., RunConfig]
 TIMES = ("samples_per_s", "tokens_per_s", "data_wait_ratio", "seconds")
@@ -328,6 +329,30 @@ def test_another_encoders_store_is_refused(
         load_run(tmp_path / "run", features=[other])
     with pytest.raises(FingerprintMismatch):
         train(make_config(), [other], tmp_path / "run", resume=True)
+
+
+def test_an_encoder_of_another_width_is_refused(
+    store: Store, world: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    train(make_config(), [store.path], tmp_path / "run")
+    save_siglip(tmp_path / "narrow", hidden_size=32)
+    narrow = tmp_path / "narrow.zarr"
+    extract(
+        ExtractOptions(
+            model=str(tmp_path / "narrow"),
+            data=(world / "captions.jsonl",),
+            image_root=world / "images",
+            out=narrow,
+        )
+    )
+    with pytest.raises(FingerprintMismatch) as caught:
+        load_run(tmp_path / "run", features=[narrow])
+    message = str(caught.value)
+    step = tmp_path / "run/checkpoints/step-00000006"
+    assert f"encoder.width: 48 in {step}, 32 in {narrow}" in message
+    assert message.endswith(
+        "use the store that the run was trained on, or one of the same encoder and codec"
+    )
 
 
 def test_another_language_model_is_refused(
