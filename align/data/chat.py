@@ -164,8 +164,10 @@ class ChatTemplate:
                 add_generation_prompt=messages[-1][0] != "assistant",
                 **OPTIONS,
             )
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"the chat template of {self.name} says: {error}") from error
+        # Templates for content in parts raise the last two where it is text.
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            says = " ".join(str(error).split())
+            raise TemplateError(f"the chat template of {self.name} says: {says}") from error
         assert isinstance(written, str)
         return written
 

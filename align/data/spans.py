@@ -71,8 +71,8 @@ class SpanTokenizer:
         """
         if token not in self.special_ids:
             raise TemplateError(
-                f"the tokenizer {self.name} has no special token {token}: take a template for it, "
-                "such as template.name=caption, or its own with template.name=chat"
+                f"the tokenizer {self.name} has no special token {token}: choose a template that "
+                "needs none, template.name=caption, or the tokenizer's own, template.name=chat"
             )
         return self.special_ids[token]
 

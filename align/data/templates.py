@@ -31,8 +31,8 @@ class TemplateConfig:
     "chatml_direct", "vicuna_v1", "llama_v3" (conversations), or "chat" (the conversation in the
     tokenizer's own chat template)."""
     prompt: str = "Describe the image in one sentence."
-    """`caption`, one image: the line under the image; it replaces what the record asks.
-    Conversations: the first question of a record that asks nothing, such as a bare image."""
+    """`caption`, one image: the line under the image; it replaces what the record asks, "" takes
+    that. Conversations: the question of a record that asks nothing, such as a bare image."""
     prompt_many: str = "Describe each image in order, one sentence per image."
     """The same for several images."""
     system: str | None = None
@@ -171,12 +171,20 @@ def _caption(record: Record, config: TemplateConfig) -> list[Segment]:
 
 
 def _question(record: Record, config: TemplateConfig) -> str:
-    if record.images:
-        return config.prompt if len(record.images) == 1 else config.prompt_many
-    asked = next((turn.text.strip() for turn in record.turns if turn.role == "human"), "")
-    if not asked:
-        raise TemplateError("neither an image nor a question")
-    return asked
+    """The config's prompt; the record's own where that is empty, or there is no image."""
+    if prompt := _prompt(record, config):
+        return prompt
+    asked = next((turn.text for turn in record.turns if turn.role == "human"), "")
+    question = asked.replace(PLACEHOLDER, "").strip()
+    if not question:
+        raise TemplateError("no question")
+    return question
+
+
+def _prompt(record: Record, config: TemplateConfig) -> str:
+    if not record.images:
+        return ""
+    return config.prompt if len(record.images) == 1 else config.prompt_many
 
 
 def _plain(record: Record, config: TemplateConfig) -> list[Segment]:
@@ -371,7 +379,9 @@ def _conversation(record: Record, config: TemplateConfig, system: str | None) ->
     if record.images and not any(PLACEHOLDER in text for text in asked):
         asked[0] = f"{PLACEHOLDER}\n" * len(record.images) + asked[0]
     if not asked[0].replace(PLACEHOLDER, "").strip():
-        asked[0] = f"{asked[0].strip()}\n{_question(record, config)}"
+        if not record.images:
+            raise TemplateError("no question")
+        asked[0] = f"{asked[0].strip()}\n{_prompt(record, config)}".strip()
     return _Conversation(
         system,
         [(_image_first(text), turn.text) for text, turn in zip(asked, answers, strict=True)],

@@ -275,7 +275,8 @@ def describe(record: Record, encoder: SampleEncoder) -> SampleView:
     for i, token_id in enumerate(sample.input_ids.tolist()):
         is_slot = bool(sample.is_slot[i])
         token = f"<image {image_of_slot[i]}>" if is_slot else decode([token_id])
-        views.append(TokenView(token_id, token, is_slot, bool(sample.labels[i] != IGNORE)))
+        is_supervised = i > 0 and bool(sample.labels[i] != IGNORE)
+        views.append(TokenView(token_id, token, is_slot, is_supervised))
 
     parts: list[str] = []
     run: list[int] = []

@@ -108,6 +108,12 @@ def test_caption() -> None:
         *given(B, QUESTION_MARK, NEWLINE),
         *learned(C, DOT, END_OF_TEXT),
     ]
+    # Without a prompt the record's question takes its place, as in the flagship's trial run.
+    own = encoder(qwen3(), prompt="").encode(said("Y?\n<image>", "C."))
+    assert rows(own)[Q:] == [
+        *given(NEWLINE, Y, QUESTION_MARK, NEWLINE),
+        *learned(C, DOT, END_OF_TEXT),
+    ]
     # Where there is no image, its own question stands in the prompt's place.
     assert rows(encode.encode(said("Y?", "C.", images=0))) == [
         *given(Y, QUESTION_MARK, NEWLINE),
@@ -611,7 +617,7 @@ def test_what_ends_an_answer(name: str, stop: list[int]) -> None:
         (said("<image><image>", "B", images=1), "wrong number of <image>"),
         (said("<image>", "B", images=0), "wrong number of <image>"),
         (said("A?", "B", system="<image>"), "<image> in a system turn"),
-        (said("", "B", images=0), "neither an image nor a question"),
+        (said("", "B", images=0), "no question"),
         (
             Record("r", (), (Turn("human", "A"), Turn("human", "B")), None, "x"),
             "questions and answers do not take turns",
@@ -680,8 +686,8 @@ def test_a_tokenizer_without_the_templates_special_token(name: str, make, token:
         check_template(tokenizer, TemplateConfig(name=name))
     assert str(caught.value) == (
         f"template.name={name}: the tokenizer {type(tokenizer).__name__} (some/model) has no "
-        f"special token {token}: take a template for it, such as template.name=caption, or its own "
-        "with template.name=chat"
+        f"special token {token}: choose a template that needs none, template.name=caption, or the "
+        "tokenizer's own, template.name=chat"
     )
 
 
