@@ -359,6 +359,7 @@ def test_chat_system() -> None:
         ("{% for m in messages %}{{ m.content[:3] }}<|im_end|>{% endfor %}", "changes the text"),
         ("{{ raise_exception('roles must alternate') }}", "says: roles must alternate"),
         ("{% if nothing %", "says: "),
+        ("{% for m in messages %}{{ '' + m.content + ['text'] }}{% endfor %}", "says: can only"),
         (
             "{% if add_generation_prompt %}!{% endif %}"
             "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
@@ -542,6 +543,14 @@ def test_accents_made_of_two_characters() -> None:
 def test_images_go_to_the_front(name: str, record: Record, like: Record) -> None:
     encode = encoder(TOKENIZERS[name](), name=name)
     assert rows(encode.encode(record)) == rows(encode.encode(like))
+
+
+def test_without_a_prompt_an_image_may_stand_alone() -> None:
+    """As in the originals, where a question has no words."""
+    sample = encoder(qwen3(), name="qwen", prompt="", system="").encode(said("<image>\n", "B"))
+    assert rows(sample)[:8] == given(
+        IM_START, USER, NEWLINE, QWEN_IMAGE, QWEN_IMAGE, IM_END, NEWLINE, IM_START
+    )
 
 
 @pytest.mark.parametrize("name", CHATS)
