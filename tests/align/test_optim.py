@@ -47,7 +47,7 @@ def test_decay_only_on_matrices_that_multiply() -> None:
 
 def test_update_divides_clips_and_clears() -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer = torch.optim.SGD([{"params": [weight], "lr_ratio": 1.0}], lr=1.0)
     weight.grad = torch.tensor([30.0, 40.0])
     assert float(update(optimizer, lr=1.0, tokens=5, clip=1.0)) == pytest.approx(10.0)
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
