@@ -218,7 +218,7 @@ CAMBRIAN = (
 def _qwen(record: Record, config: TemplateConfig) -> list[Segment]:
     """Cambrian-S's ChatML: a newline after each <|im_end|>; Qwen's own format.
 
-    Source: `preprocess_qwen` of Cambrian-S and LLaVA-NeXT (RECIPES section 3).
+    Source: `preprocess_qwen` of Cambrian-S and LLaVA-NeXT.
     """
     return _chatml(record, config, HELPFUL, between="\n")
 

@@ -239,6 +239,11 @@ def test_vicuna_v1() -> None:
     ]
 
 
+def test_vicuna_v1_answer_whose_blank_is_a_token() -> None:
+    sample = encoder(llama2(), name="vicuna_v1").encode(said("<image>\nA?", "S"))
+    assert rows(sample)[-4:] == [*given(29901), *learned(29871, 29903, 2)]
+
+
 def test_vicuna_v1_goes_on_without_a_blank_after_the_end_of_a_turn() -> None:
     encode = encoder(llama2(), name="vicuna_v1", system="")
     assert rows(encode.encode(said("A?", "A.", "A?", "A.", images=0))) == [
@@ -339,6 +344,8 @@ def test_chat_is_what_the_tokenizer_itself_makes_of_it(writer: str, record: Reco
     assert encode.encode_prompt(record).input_ids.tolist() == asked
 
     answers = [turn.text.strip() for turn in record.turns if turn.role == "gpt"]
+    if len(answers) == 1:
+        assert np.flatnonzero(sample.labels != IGNORE)[0] == len(asked)
     ends = {"llama2": "</s>", "llama3": "<|eot_id|>"}
     end = ends.get(writer, "<|im_end|>")
     target = tokenizer.decode(sample.labels[sample.labels != IGNORE])
@@ -361,6 +368,18 @@ def test_chat_system() -> None:
     encode = encoder(qwen3(THINKING), name="chat", system="Y")
     expected = given(IM_START, SYSTEM, NEWLINE, Y, IM_END, NEWLINE, IM_START, USER, NEWLINE)
     assert rows(encode.encode(said("<image>", "B")))[: len(expected)] == expected
+
+
+def test_offsets_that_come_without_their_blanks() -> None:
+    """Llama 3's post-processor takes them off: the blank before B would stand at B's place."""
+    template = "{% for m in messages %}{{ m.content }}" + (
+        "{{ ' ' if m.role == 'user' else '<|eot_id|>' }}{% endfor %}"
+    )
+    encode = encoder(llama3(template), name="chat")
+    assert rows(encode.encode(said("A", "B", images=0))) == [
+        *given(A, BLANK),
+        *learned(B, 128009),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -471,7 +490,7 @@ def test_answers_that_begin_with_a_letter_begin_a_token(name: str) -> None:
 
 
 def test_cambrian_mask_is_the_originals() -> None:
-    """The rule as RECIPES section 3 states it, turn by turn over the whole turn's ids."""
+    """The original's rule written out, turn by turn over the whole turn's ids."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     encode = encoder(tokenizer, name="qwen", mask="cambrian")
     newline, start, end = (
