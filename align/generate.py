@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -60,16 +60,26 @@ def generate(
         raise ConfigError(f"eval.{problem}")
     llm = model.llm.model
     stops = torch.tensor(encoder.stop_ids, dtype=torch.int64, device=model.device)
-    slots = iter([model.connector.num_slots(size) for size in sizes])
-    prompts = [
-        encoder.encode_prompt(record, list(islice(slots, len(record.images)))) for record in records
-    ]
+    slots = [model.connector.num_slots(size) for size in sizes]
+    prompts: list[TokenizedSample] = []
+    shown: list[int] = []
+    first = 0
+    for record in records:
+        own = slots[first : first + len(record.images)]
+        prompts.append(encoder.encode_prompt(record, own))
+        # Those of later questions are not in the prompt.
+        count = int(np.searchsorted(np.cumsum(own), prompts[-1].is_slot.sum(), side="right"))
+        shown += range(first, first + count)
+        first += len(own)
     input_ids, is_slot, mask = (
         padded.to(model.device) for padded in _left_padded(prompts, encoder.image_token_id)
     )
     uniform = _uniform(records, config).to(model.device)
     all_real = bool(mask.all())
 
+    if len(shown) < len(sizes):
+        features = [each[torch.tensor(shown, dtype=torch.int64)] for each in features]
+        sizes = [sizes[image] for image in shown]
     towers = [each.to(model.device) for each in features]
     embeds = model.inputs_embeds(input_ids, is_slot, towers, sizes)
     positions = (mask.cumsum(1) - 1).clamp_min(0)

@@ -206,7 +206,9 @@ def find_llm(name: str) -> str:
 
 def _image_token_id(tokenizer: PreTrainedTokenizerBase, config: LLMConfig, rows: int) -> int:
     token_id = tokenizer.convert_tokens_to_ids(config.image_token)
-    if not isinstance(token_id, int) or token_id == tokenizer.unk_token_id or token_id >= rows:
+    # The unknown token stands for whatever is none, unless it is what was asked for.
+    is_known = token_id != tokenizer.unk_token_id or config.image_token == tokenizer.unk_token
+    if not isinstance(token_id, int) or not is_known or token_id >= rows:
         raise ModelError(
             f"llm.image_token={config.image_token}: not a token of {config.name}; name one that "
             "it has and that no caption uses, e.g. a reserved or padding token"

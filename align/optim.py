@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ class OptimConfig:
 
     lr: float = 1e-4
     """The peak, reached at the end of the warm-up."""
+    slow_lr: float | None = None
+    """The peak for the parameters that a connector names as slow (the SVA's queries and layers;
+    Cambrian-1's `mm_vision_sampler_lr`); null takes `lr`."""
     weight_decay: float = 0.01
     """On matrices only: norms, biases and learned tables (latents, positions) get none."""
     beta1: float = 0.9
@@ -34,9 +38,9 @@ class OptimConfig:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one "field: reason" each."""
-        for name in ("lr", "eps"):
+        for name in ("lr", "slow_lr", "eps"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 yield f"{name}: must be above 0 and finite, got {getattr(self, name)}"
         for name in ("weight_decay", "clip"):
             value = getattr(self, name)
@@ -51,18 +55,27 @@ class OptimConfig:
 
 
 def build_optimizer(config: OptimConfig, connector: nn.Module) -> torch.optim.AdamW:
-    """AdamW over every parameter of the connector, decayed and not decayed as two groups."""
-    decayed, plain = split_by_decay(connector)
-    return torch.optim.AdamW(
-        [
-            {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-            {"params": list(plain.values()), "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    """AdamW over every parameter of the connector, in groups by weight decay and learning rate.
+
+    Each group's `lr_ratio` is its rate over the one of `lr_at`; see `set_lr`.
+    """
+    slow: tuple[str, ...] = getattr(connector, "slow_parameters", ())
+    ratio = 1.0 if config.slow_lr is None else config.slow_lr / config.lr
+    groups: list[dict[str, Any]] = []
+    for named, decay in zip(split_by_decay(connector), (config.weight_decay, 0.0), strict=True):
+        for is_slow in (False, True):
+            own = [p for name, p in named.items() if name.startswith(slow) == is_slow]
+            if own:
+                lr_ratio = ratio if is_slow else 1.0
+                groups.append({"params": own, "weight_decay": decay, "lr_ratio": lr_ratio})
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Each group's own share of a step's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
 
 
 def split_by_decay(

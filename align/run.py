@@ -31,8 +31,7 @@ from align.connectors import Size, build_connector, check_connector
 from align.data.collate import Loader
 from align.data.dataset import DataSplits, Sample, build_splits, shards_of
 from align.data.sampling import StepSampler, Windows
-from align.data.templates import answer
-from align.data.tokens import SampleEncoder
+from align.data.tokens import SampleEncoder, check_template
 from align.errors import CheckpointError, RunError
 from align.llm import SHIPPED, load_llm
 from align.vlm import AlignModel
@@ -194,7 +193,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run remembers besides weights, JSON-able.
 
-        `data` has digests of the training samples in their order (ids, image keys and answers), of
+        `data` has digests of the training samples in their order (ids, image keys and turns), of
         those images' bytes, of what was held out, and of the shards where these decide the order of
         the samples. `precision` is what `train.precision` came
         to on the device.
@@ -204,7 +203,8 @@ class Run:
             digests = self.store.index.digests
             for sample in self.splits.train:
                 record = sample.record
-                parts = [record.id, *record.images, answer(record)]
+                said = [text for turn in record.turns for text in (turn.role, turn.text)]
+                parts = [record.id, *record.images, *said]
                 digest.update(json.dumps(parts).encode() + b"\n")
                 images.update(digests[sample.rows[:, 0]].tobytes())
             self._data = {
@@ -311,6 +311,7 @@ def _build(
     bf16 = not as_stored and _is_bf16(config, device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     llm = load_llm(config.llm, device, None if as_stored else dtype)
+    check_template(llm.tokenizer, config.template)
     torch.manual_seed(config.train.seed)
     connector = build_connector(
         config.connector, towers, llm.hidden_size, config.layout, padded=padded

@@ -304,6 +304,9 @@ def start_session(
     )
     if mixed := str(splits.mixture):
         session.tell(NoticeEvent(f"an epoch is made of {mixed}"))
+    towers = run.model.connector.towers
+    for notice in getattr(config.connector, "notices", lambda _: ())(towers):
+        session.tell(NoticeEvent(notice))
     if splits.shared_images:
         session.tell(
             NoticeEvent(

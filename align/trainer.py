@@ -21,7 +21,7 @@ from align.config import RunConfig
 from align.data.sampling import in_order
 from align.data.templates import answer
 from align.errors import AlignError, DataError
-from align.optim import lr_at
+from align.optim import lr_at, set_lr
 from align.run import Run
 from align.session import Meter, start_session
 from align.tracking import EvalEvent, OnEvent, SampleCaption, SampleEvent
@@ -121,8 +121,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, tokens: int, clip: float
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / tokens)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_lr(optimizer, lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -42,6 +42,8 @@ def show(
         views.append(view)
         _draw(view, sample.record.images)
     console.say("[token] is supervised; (image k) stands for slots that image k's features fill")
+    if run.splits.left_out.total:
+        console.say(f"left out of {run.splits.found:,} records: {run.splits.left_out}")
     return {
         "samples": [
             {
@@ -83,7 +85,9 @@ def _draw(view: SampleView, images: tuple[str, ...]) -> None:
             out.append(f"[{_visible(name)}]", "green")
         else:
             out.append(_visible(name), "dim")
-    out.append("\nids  ", "bold")
+        if name.endswith("\n"):
+            out.append("\n")
+    out.append("ids  " if out.plain.endswith("\n") else "\nids  ", "bold")
     out.append(_ids(view), "dim")
     console.stderr().print(out, soft_wrap=True)
     console.say()

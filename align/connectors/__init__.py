@@ -95,6 +95,11 @@ class Connector(nn.Module):
         return cast(Core, self.core).num_tokens
 
     @property
+    def slow_parameters(self) -> tuple[str, ...]:
+        """What the names of the parameters begin with that `optim.slow_lr` is for."""
+        return tuple(f"core.{name}" for name in getattr(self.core, "slow_parameters", ()))
+
+    @property
     def varies(self) -> bool:
         """Whether images of different sizes take different numbers of slots."""
         return self.layout.needs_sizes

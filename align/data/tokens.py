@@ -5,26 +5,33 @@ T sequence length
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from align.data.chat import ChatTemplate
+from align.data.spans import SpanTokenizer
 from align.data.templates import (
+    PLACEHOLDER,
+    TEMPLATES,
+    Dialogue,
     EndOfText,
     Segment,
     Slots,
+    Special,
     TemplateConfig,
     Text,
     render,
     render_prompt,
-    stop_text,
 )
 from align.errors import TemplateError
-from featcache.manifests import Record
+from featcache.errors import ConfigError
+from featcache.manifests import Record, Turn
 
 IGNORE = -100
 """The label of a position that is not learned, as in `torch.nn.functional.cross_entropy`."""
@@ -46,8 +53,8 @@ class TokenizedSample:
 
     @property
     def num_supervised(self) -> int:
-        """Positions whose token is learned."""
-        return int((self.labels != IGNORE).sum())
+        """Positions whose token is learned; the first has nothing before it to be learned from."""
+        return int((self.labels[1:] != IGNORE).sum())
 
 
 class SampleEncoder:
@@ -70,19 +77,44 @@ class SampleEncoder:
         self.template = template
         self.image_token_id = image_token_id
         self.max_length = max_length
-        self._start = _start_ids(tokenizer)
+        self._format = TEMPLATES[template.name]
+        self._start = [] if self._format.writes_start else _start_ids(tokenizer)
         self._eos = tokenizer.eos_token_id
-        # Prompts repeat in every sample; answers mostly do not, and 558K of them must not pile up.
-        self._repeated_ids = lru_cache(maxsize=1024)(self._ids)
+
+    @cached_property
+    def _spans(self) -> SpanTokenizer:
+        return SpanTokenizer(self.tokenizer)
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self._spans)
+
+    @cached_property
+    def _always_learned(self) -> list[int]:
+        """Tokens that Cambrian-S's mask supervises wherever they stand."""
+        if self.template.mask != "cambrian":
+            return []
+        ends = [self._spans.special_id(token) for token in ("<|im_start|>", "<|im_end|>")]
+        return [self._spans.single_id("\n"), *ends]
+
+    @cached_property
+    def _end_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer and say nothing themselves."""
+        ends = [] if self._eos is None else [self._eos]
+        ends += [self._spans.special_id(token) for token in self._format.stop_tokens]
+        if self.template.name == "chat":
+            ends.append(self._spans.special_id(self._chat.end))
+        return tuple(dict.fromkeys(ends))
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a generated answer: end of text, and all that hold the stop text.
+        """Tokens that end a generated answer: end of text, the template's own, and all that hold
+        its stop text.
 
         A newline seldom stands alone: Qwen has one token for a full stop with its newline.
         """
-        stops = [] if self._eos is None else [self._eos]
-        text = stop_text(self.template)
+        stops = list(self._end_ids)
+        text = self._format.stop_text
         if text is not None:
             every = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
             stops += [i for i, token in enumerate(every) if text in token]
@@ -96,10 +128,10 @@ class SampleEncoder:
         stops = set(self.stop_ids)
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
         said = list(ids[: end + 1])
-        if said and said[-1] == self._eos:
+        if said and said[-1] in self._end_ids:
             said.pop()
         text = str(self.tokenizer.decode(said))
-        stop = stop_text(self.template)
+        stop = self._format.stop_text
         return (text if stop is None else text.split(stop, 1)[0]).strip()
 
     def encode(self, record: Record, slots: Sequence[int]) -> TokenizedSample:
@@ -111,39 +143,39 @@ class SampleEncoder:
         sample = self.assemble(render(record, self.template), slots)
         if len(sample.input_ids) <= self.max_length:
             return sample
-        cut = TokenizedSample(
+        if len(self.encode_prompt(record, slots).input_ids) >= self.max_length:
+            raise TemplateError(
+                f"its images and prompt alone fill data.max_length={self.max_length}"
+            )
+        if sample.is_slot[self.max_length :].any():
+            raise TemplateError(f"an image reaches beyond data.max_length={self.max_length}")
+        return TokenizedSample(
             sample.input_ids[: self.max_length],
             sample.labels[: self.max_length],
             sample.is_slot[: self.max_length],
         )
-        if sample.is_slot[self.max_length :].any() or cut.num_supervised == 0:
-            raise TemplateError(
-                f"its images and prompt alone fill data.max_length={self.max_length}"
-            )
-        return cut
 
     def encode_prompt(self, record: Record, slots: Sequence[int]) -> TokenizedSample:
-        """What generation starts from: everything before the answer, nothing supervised."""
-        return self.assemble(render_prompt(record, self.template), slots)
+        """What generation starts from: everything before the first answer, nothing supervised."""
+        prompt = self.assemble(render_prompt(record, self.template), slots)
+        nothing = np.full_like(prompt.labels, IGNORE)  # Cambrian's mask reaches into prompts
+        return TokenizedSample(prompt.input_ids, nothing, prompt.is_slot)
 
     def assemble(self, segments: list[Segment], slots: Sequence[int]) -> TokenizedSample:
         """Segments -> one uncut sequence; begin-of-text in front where the tokenizer wants it.
 
-        slots: of each image.
+        slots: of each image. Raises TemplateError where the tokenizer lacks what the template
+        writes.
         """
         ids = list(self._start)
-        supervised: list[slice] = []
+        learned = [False] * len(ids)
         places: list[slice] = []
-        for segment in segments:
-            start = len(ids)
-            match segment:
-                case Text(text, is_learned):
-                    ids += self._ids(text) if is_learned else self._repeated_ids(text)
-                    if is_learned:
-                        supervised.append(slice(start, len(ids)))
+        for part in self._parts(segments):
+            match part:
                 case Slots(image):
+                    places.append(slice(len(ids), len(ids) + slots[image]))
                     ids += [self.image_token_id] * slots[image]
-                    places.append(slice(start, len(ids)))
+                    learned += [False] * slots[image]
                 case EndOfText(is_learned):
                     if self._eos is None:
                         raise TemplateError(
@@ -151,21 +183,55 @@ class SampleEncoder:
                             "template.supervise_eos=false"
                         )
                     ids.append(self._eos)
-                    if is_learned:
-                        supervised.append(slice(start, len(ids)))
+                    learned.append(is_learned)
+                case _:
+                    run_ids, run_learned = self._spans.tokenize(part)
+                    ids += run_ids
+                    learned += run_learned.tolist()
         input_ids = np.array(ids, np.int64)
-        labels = np.full(len(ids), IGNORE, np.int64)
         is_slot = np.zeros(len(ids), np.bool_)
-        for span in supervised:
-            labels[span] = input_ids[span]
         for span in places:
             is_slot[span] = True
-        return TokenizedSample(input_ids, labels, is_slot)
+        is_learned_at = np.array(learned, np.bool_)
+        if self.template.mask == "cambrian":
+            is_learned_at |= np.isin(input_ids, self._always_learned) & ~is_slot
+        return TokenizedSample(input_ids, np.where(is_learned_at, input_ids, IGNORE), is_slot)
 
-    def _ids(self, text: str) -> list[int]:
-        # A caption that spells a special token must not become one.
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return list(encoded.input_ids)
+    def _parts(
+        self, segments: Iterable[Segment]
+    ) -> Iterator[list[Text | Special] | Slots | EndOfText]:
+        """The segments with those side by side that are tokenised as one string."""
+        run: list[Text | Special] = []
+        for segment in segments:
+            if isinstance(segment, Text | Special):
+                run.append(segment)
+                continue
+            if run:
+                yield run
+                run = []
+            if isinstance(segment, Dialogue):
+                yield from self._parts(self._chat.segments(segment))
+            else:
+                yield segment
+        if run:
+            yield run
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, template: TemplateConfig) -> None:
+    """Writes a sample before there are any, so that a run does not begin with a template that its
+    tokenizer cannot do.
+
+    Raises ConfigError with what is lacking and what to do.
+    """
+    encoder = SampleEncoder(tokenizer, template, 0, sys.maxsize)
+    turns = (Turn("human", f"{PLACEHOLDER}\nWhat is it?"), Turn("gpt", "A cat."))
+    record = Record("check", ("image",), turns, None, "check")
+    try:
+        encoder.encode(record, [1])
+        encoder.encode_prompt(record, [1])
+        _ = encoder.stop_ids
+    except TemplateError as error:
+        raise ConfigError(f"template.name={template.name}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +273,8 @@ def describe(record: Record, encoder: SampleEncoder, slots: Sequence[int]) -> Sa
     for i, token_id in enumerate(sample.input_ids.tolist()):
         is_slot = bool(sample.is_slot[i])
         token = f"<image {next(image_of_slot)}>" if is_slot else decode([token_id])
-        views.append(TokenView(token_id, token, is_slot, bool(sample.labels[i] != IGNORE)))
+        is_supervised = i > 0 and bool(sample.labels[i] != IGNORE)
+        views.append(TokenView(token_id, token, is_slot, is_supervised))
 
     parts: list[str] = []
     run: list[int] = []

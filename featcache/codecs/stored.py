@@ -102,7 +102,8 @@ class StoredFeatures:
         """Of codes and scales."""
         return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
-    def __getitem__(self, images: slice) -> StoredFeatures:
+    def __getitem__(self, images: slice | Tensor) -> StoredFeatures:
+        """A view of some of the images, or for their places, int64, a copy."""
         scales = None if self.scales is None else self.scales[images]
         return StoredFeatures(self.codes[images], scales, self.layer)
 

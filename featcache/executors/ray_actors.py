@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Generator
@@ -298,6 +299,8 @@ def _connected() -> ModuleType:
     try:
         if address:
             _require_reachable(address)
+        elif _noted_cluster_is_gone():
+            raise ConnectionError
         ray.init(address=address or "auto", **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         if address or not isinstance(error, ConnectionError):
@@ -316,6 +319,19 @@ def _connected() -> ModuleType:
         )
     found: ModuleType = ray
     return found
+
+
+def _noted_cluster_is_gone() -> bool:
+    """Whether the cluster whose address `ray start` left on this machine has been killed since.
+    With "auto" Ray would try to reach it for a quarter of an hour."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    try:
+        _require_reachable(Path(folder, "ray", "ray_current_cluster").read_text().strip())
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _require_reachable(address: str) -> None:

@@ -100,7 +100,12 @@ def test_every_problem_at_once_with_its_path_and_a_suggestion() -> None:
         ("connector.position=spiral", 'connector.position: must be "none", "learned" or "sincos"'),
         ("train=3", "train: is a section, e.g. train.FIELD=VALUE"),
         ("train.precision=fp8", 'train.precision: must be "auto", "fp32" or "bf16", got'),
-        ("template.name=qwen", "template.name: no template 'qwen'; there are caption, plain"),
+        (
+            "template.name=qwen2",
+            "template.name: no template 'qwen2'; there are caption, plain, qwen, chatml_direct, "
+            "vicuna_v1, llama_v3, chat",
+        ),
+        ("template.system=''", "template.system: template 'caption' has no system text"),
         ("template.prompt=<image> what?", "template.prompt: the template places <image> itself"),
         ("data.eval_ratio=1", "data.eval_ratio: must be in [0, 1), got 1"),
         ("data.max_missing=1.01", "data.max_missing: must be in [0, 1], got 1.01"),

@@ -8,8 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from align.connectors import build_connector
 from align.connectors.resampler import ResamplerConfig
-from align.optim import OptimConfig, build_optimizer, lr_at, split_by_decay
+from align.connectors.sva import SvaConfig
+from align.optim import OptimConfig, build_optimizer, lr_at, set_lr, split_by_decay
 from align.trainer import update
 
 
@@ -45,7 +47,7 @@ def test_decay_only_on_matrices_that_multiply() -> None:
 
 def test_update_divides_clips_and_clears() -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer = torch.optim.SGD([{"params": [weight], "lr_ratio": 1.0}], lr=1.0)
     weight.grad = torch.tensor([30.0, 40.0])
     assert float(update(optimizer, lr=1.0, tokens=5, clip=1.0)) == pytest.approx(10.0)
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
@@ -60,3 +62,18 @@ def test_a_warm_up_over_the_whole_run_rises_to_its_end() -> None:
     rates = [lr_at(config, step, 10) for step in range(10)]
     assert rates == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert 0 < lr_at(config, 0, 1) < 1
+
+
+def test_the_svas_queries_and_layers_have_a_rate_of_their_own() -> None:
+    config = SvaConfig(width=16, side=2, depth=1, heads=2)
+    connector = build_connector(config, [(4, 6), (16, 5)], 8)
+    optimizer = build_optimizer(OptimConfig(lr=1e-3, slow_lr=1e-4), connector)
+    set_lr(optimizer, 5e-4)
+    rate_of = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rate_of) == len(list(connector.parameters()))
+    for name, parameter in connector.named_parameters():
+        is_slow = name.startswith(("core.vision_query", "core.samplers."))
+        assert rate_of[parameter] == pytest.approx(5e-5 if is_slow else 5e-4), name
+    same = build_optimizer(OptimConfig(lr=1e-3), connector)
+    set_lr(same, 5e-4)
+    assert {group["lr"] for group in same.param_groups} == {5e-4}

@@ -957,3 +957,49 @@ def test_a_batch_far_larger_than_the_data_is_refused(
     ):
         train(make_config("train.batch_size=3201"), [store.path], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+TEXT_ONLY = [
+    {
+        "id": f"t{i}",
+        "conversations": [
+            {"from": "human", "value": "Name a colour."},
+            {"from": "gpt", "value": "red"},
+        ],
+    }
+    for i in range(6)
+]
+
+
+@pytest.mark.parametrize("connector", ["resampler", "mlp", "sva", "pool", "conv"])
+def test_text_without_images_teaches_a_connector_nothing(
+    store: Store, make_config: MakeConfig, world: Path, tmp_path: Path, connector: str
+) -> None:
+    """Alone in a batch it gives gradients of zero; in one it counts in the mean, as in LLaVA."""
+    small = {
+        "resampler": [], "mlp": [], "pool": ["side=2"], "conv": ["side=2", "width=16"],
+        "sva": ["side=2", "width=16", "heads=2", "token_lengths=[16]"],
+    }  # fmt: skip
+    overrides = [f"connector.name={connector}"] if connector != "resampler" else []
+    overrides += [f"connector.{field}" for field in small[connector]]
+    texts = world / "texts.json"
+    texts.write_text(json.dumps(TEXT_ONLY))
+    config = load_config(
+        None,
+        [
+            f"llm.name={world / 'qwen3'}", f"data.files=[{texts},{world / 'captions.jsonl'}]",
+            f"data.images={world / 'images'}", "data.text_only=train", "data.eval_ratio=0",
+            "train.device=cpu", "train.steps=46", "train.batch_size=1", "train.log_every=1",
+            "train.eval_every=0", *overrides,
+        ],
+    )  # fmt: skip
+    events: list[Event] = []
+    train(config, [store.path], tmp_path / "run", on_event=events.append)
+    norms = [event.grad_norm for event in events if isinstance(event, StepEvent)]
+    assert len(norms) == 46 and sum(norm == 0 for norm in norms) == 6
+    skipped = train(
+        replace(config, data=replace(config.data, text_only="skip")),
+        [store.path], tmp_path / "skipped",
+    )  # fmt: skip
+    info = RunFolder(skipped.path).read_info()
+    assert (info["samples"]["train"], sum(info["samples"]["left_out"].values())) == (40, 6)

@@ -185,12 +185,34 @@ def test_show(demo: Path, align: Align) -> None:
     assert sample["text"].endswith(sample["target"]) and target != sample["target"]
     assert sum(sample["is_slot"]) == 16
     assert len(sample["input_ids"]) == len(sample["is_slot"]) == len(sample["is_supervised"])
-    first, text, ids, *_ = done.err[done.err.index(sample["id"]) :].splitlines()
+    first, image, asked, text, ids, *_ = done.err[done.err.index(sample["id"]) :].splitlines()
     assert first.startswith(f"{sample['id']}  {sample['images'][0]}  ")
     assert first.endswith(f"16 slots, {sum(sample['is_supervised'])} supervised")
-    assert text.startswith("(image 1 x 16)\\n")
-    assert "[<|endoftext|>]" in text
+    assert (image, asked) == ("(image 1 x 16)\\n", "Describe the image in one sentence.\\n")
+    assert text.startswith("[a][ ") and text.endswith("[<|endoftext|>]")
     assert ids.startswith("ids  ") and f"{sample['input_ids'][0]}x16 " in ids
+
+
+def test_show_of_a_conversation(demo: Path, align: Align) -> None:
+    done = align(
+        *("show", "--config", "demo", "--features", demo / "store.zarr", "-n", 1, "--json"),
+        "template.name=qwen",
+    )
+    assert done.code == 0
+    (sample,) = done.document["samples"]
+    lines = done.err[done.err.index(sample["id"]) :].splitlines()[1:]
+    assert lines[:7] == [
+        "<|im_start|>system\\n",
+        "You are a helpful assistant.<|im_end|>\\n",
+        "<|im_start|>user\\n",
+        "(image 1 x 16)\\n",
+        "Describe the image in one sentence.<|im_end|>\\n",
+        "<|im_start|>assistant\\n",
+        lines[6],
+    ]
+    assert lines[6].startswith("[a][ ") and lines[6].endswith("[<|im_end|>]\\n")
+    assert lines[7].startswith("ids  ")
+    assert sample["text"].endswith(f"assistant\n{sample['target']}\n")
 
 
 def test_show_goes_on_after_a_sample_that_does_not_fit(

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -96,10 +97,16 @@ def test_ray(encoder_dir: Path, tmp_path: Path) -> None:
         env=environment(), cwd=tmp_path, check=True, capture_output=True,
     )  # fmt: skip
     out = tmp_path / "two.zarr"
-    two = subprocess.run(
-        [*command, str(out), "--executor", "ray", "--workers", "2"],
-        env=environment(), cwd=tmp_path, check=True, capture_output=True, text=True,
-    )  # fmt: skip
+    # A short name: it becomes part of those of sockets.
+    with tempfile.TemporaryDirectory() as folder:
+        noted = Path(folder, "ray", "ray_current_cluster")
+        noted.parent.mkdir()
+        noted.write_text("127.0.0.1:1")  # of a cluster that was killed
+        two = subprocess.run(
+            [*command, str(out), "--executor", "ray", "--workers", "2"],
+            env=environment() | {"RAY_TMPDIR": folder},
+            cwd=tmp_path, check=True, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
     work = json.loads(two.stdout)["work"]
     assert (work["done"], work["workers"], work["lost"]) == (24, 2, 0)
     assert feature_files(out) == feature_files(tmp_path / "alone.zarr")

@@ -135,6 +135,7 @@ def test_begin_of_text_goes_in_front(llm: FrozenLLM) -> None:
         (record("  "), "no caption"),
         (record("a", images=2, human="<image>"), "wrong number of <image>"),
         (record("see <image>"), "<image> in the answer"),
+        (Record("x", (), (Turn("gpt", "a"),), None, "x"), "no question"),
     ],
 )
 def test_records_that_do_not_fit(llm: FrozenLLM, wrong: Record, reason: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align.config import EvalConfig
+from align.data.templates import TemplateConfig
 from align.data.tokens import SampleEncoder
 from align.generate import _choose, generate
 from align.run import Run
@@ -152,3 +153,21 @@ def test_temperatures_that_are_none_are_refused(run: Run, temperature: float) ->
     config = replace(GREEDY, temperature=temperature)
     with pytest.raises(ConfigError, match=r"eval.temperature: must be at least 0 and finite"):
         say(run, records, features, config)
+
+
+def test_images_of_later_questions_are_not_in_the_prompt(run: Run) -> None:
+    """Of a conversation the first question is answered, with its own images only."""
+    keys = [sample.record.images[0] for sample in run.splits.train[:4]]
+    turns = (
+        Turn("human", "<image>\nWhat is it?"), Turn("gpt", "a"),
+        Turn("human", "And <image> or <image>?"), Turn("gpt", "b"),
+    )  # fmt: skip
+    long = Record("r", tuple(keys[:3]), turns, None, "")
+    short = Record("r", (keys[0],), turns[:2], None, "")
+    other = Record("o", (keys[3],), turns[:2], None, "")
+    chat = SampleEncoder(run.tokenizer, TemplateConfig("qwen"), run.encoder.image_token_id, 500)
+    with run.store.reader() as reader:
+        features = reader.read(run.store.rows(keys))
+    both = say(run, [long, other], features, GREEDY, chat)
+    assert both == say(run, [short, other], features[[0, 3]], GREEDY, chat)
+    assert both[0] != both[1]

@@ -1,0 +1,193 @@
+"""Every shipped recipe: at full size on the meta device, and as a tiny twin that goes all the way.
+
+A twin is the recipe itself with widths, batch and number of steps made small: what it learns with,
+template, mask, layout, optimizer and data rules, stays as shipped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from align.checkpoint import find_checkpoint
+from align.config import RunConfig, list_configs, load_config
+from align.connectors import build_connector
+from align.connectors.sva import SvaConfig
+from align.evaluate import evaluate
+from align.live import caption_images
+from align.run import load_run, load_speaker
+from align.trainer import train
+from featcache.extract import ExtractOptions, extract
+from featcache.registry import ENCODERS
+from tests.support_tokenizers import llama2, llama3
+
+RECIPES = sorted(set(list_configs()) - {"demo"})
+"""The demo has its own test."""
+WIDTHS = {"8b": 4096, "trial": 4096, "0.6b": 1024, "1.7b": 2048, "4b": 2560, "14b": 5120}
+
+PARAMETERS = {
+    "qwen3-8b-resampler": 82_445_824 + 2304,
+    "qwen3-trial": 82_445_824,
+    "llava15-7b": 20_979_712,
+    "llava15-13b": 31_467_520,
+    "cambrian-s-7b": 16_980_992 + 3584,
+    # The sampler with its queries, the four projectors before it, the one behind it, the newline.
+    "cambrian1-sva-8b": 47_296_512 + 1024 + 13_910_016 + 20_979_712 + 4096,
+}
+OUT_WIDTH = {
+    "qwen3-8b-resampler": 4096, "qwen3-trial": 4096, "llava15-7b": 4096, "llava15-13b": 5120,
+    "cambrian-s-7b": 3584, "cambrian1-sva-8b": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_full_size(name: str) -> None:
+    """Builds between the encoders that it names and a language model, with the known count."""
+    config = load_config(name)
+    entries = [ENCODERS[encoder] for encoder in config.features.encoders]
+    towers = [
+        (entry.num_patches, 5760 if layer == "multi-stage" else entry.width)
+        for entry, layer in zip(entries, config.features.layers, strict=True)
+    ]
+    with torch.device("meta"):
+        connector = build_connector(
+            config.connector, towers, OUT_WIDTH.get(name, 1024), config.layout, padded=True
+        )
+    count = sum(parameter.numel() for parameter in connector.parameters())
+    assert count == PARAMETERS.get(name, count)
+    slots = {"resampler": 64, "mlp": 576, "sva": 600}[config.connector.name]
+    square = connector.num_slots((384, 384))
+    assert square == (756 if name == "cambrian-s-7b" else slots)
+
+
+def test_every_recipe_opens_with_what_a_user_asks() -> None:
+    for name, path in list_configs().items():
+        head = path.read_text().split("\n\n", 1)[0]
+        for word in ("Command:", "Hardware:", "Time:", "Result:"):
+            assert f"# {word}" in head, f"{name} lacks {word}"
+
+
+def save_clip(folder: Path) -> None:
+    """A random CLIP tower of 16 patches x 40."""
+    torch.manual_seed(3)
+    config = CLIPVisionConfig(
+        hidden_size=40, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    CLIPVisionModel(config).save_pretrained(folder)
+    size, crop = {"shortest_edge": 32}, {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size=size, crop_size=crop).save_pretrained(folder)
+
+
+def save_llama(folder: Path, tokenizer: object) -> None:
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,  # type: ignore[attr-defined]
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def parts(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """clip/, vicuna/, llama3/ beside the world's siglip/ and qwen3/."""
+    folder = tmp_path_factory.mktemp("parts")
+    save_clip(folder / "clip")
+    save_llama(folder / "vicuna", llama2())
+    save_llama(folder / "llama3", llama3())
+    for name in ("siglip", "qwen3"):
+        shutil.copytree(world / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store_of(world: Path, parts: Path) -> Callable[[str, str], Path]:
+    """A store of the world's images by one of the encoders, fitted in one of the ways."""
+
+    def make(encoder: str, fit: str) -> Path:
+        out = parts / f"{encoder}-{fit}.zarr"
+        if not out.exists():
+            extract(
+                ExtractOptions(
+                    model=str(parts / encoder), data=(world / "captions.jsonl",),
+                    image_root=world / "images", out=out, fit=fit,
+                )
+            )  # fmt: skip
+        return out
+
+    return make
+
+
+def twin(name: str, parts: Path) -> tuple[RunConfig, list[str], str]:
+    """The recipe made small; its encoders, in order, and how images are fitted."""
+    config = load_config(name)
+    fit = "pad" if config.layout.unpad or config.connector.name == "sva" else "checkpoint"
+    encoders = ["siglip"]
+    llm = config.llm.name
+    folder = "qwen3" if "Qwen" in llm else "llama3" if "Llama-3" in llm else "vicuna"
+    small: dict[str, object] = {}
+    if config.connector.name == "resampler":
+        small = {"num_latents": 4, "heads": 2, "head_dim": 16}
+    elif isinstance(config.connector, SvaConfig):
+        encoders = ["siglip", "clip", "siglip"]
+        small = {"width": 32, "side": 4, "heads": 4, "token_lengths": [16, 16, 64]}
+    elif name.startswith("llava15"):
+        encoders = ["clip"]
+    token = config.llm.image_token
+    if folder == "vicuna" and config.template.name == "chatml_direct":
+        folder, token = "qwen3", "<|image_pad|>"  # Yi has ChatML's tokens, as Qwen does
+    return (
+        replace(
+            config,
+            llm=replace(config.llm, name=str(parts / folder), image_token=token),
+            features=replace(config.features, encoders=[], layers=["-2"] * len(encoders)),
+            data=replace(config.data, eval_ratio=0.2, max_samples=None),
+            connector=replace(config.connector, **small),  # type: ignore[type-var]
+            train=replace(
+                config.train, steps=4, batch_size=3, grad_accum=2, save_every=2, log_every=1,
+                eval_every=4, sample_every=0, device="cpu", keep_best=False,
+            ),
+            eval=replace(config.eval, max_new_tokens=4, temperature=0.0),
+        ),
+        encoders,
+        fit,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_twin_trains_resumes_evaluates_and_speaks(
+    name: str, world: Path, parts: Path, store_of: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    config, encoders, fit = twin(name, parts)
+    stores = [store_of(encoder, fit) for encoder in encoders]
+    whole = train(config, stores, tmp_path / "whole")
+    assert whole.step == 4 and whole.eval_loss is not None
+
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    shutil.rmtree(find_checkpoint(cut / "checkpoints").path)
+    assert find_checkpoint(cut / "checkpoints").step == 2
+    assert train(config, stores, cut, resume=True).loss == whole.loss
+    ends = [find_checkpoint(run / "checkpoints").path for run in (tmp_path / "whole", cut)]
+    weights = [(end / "connector.safetensors").read_bytes() for end in ends]
+    assert weights[0] == weights[1]
+
+    result = evaluate(load_run(cut))
+    assert len(result.captions) == 8
+    images = [world / "images" / caption.images[0] for caption in result.captions]
+    said = caption_images(load_speaker(cut), images)
+    assert said == [caption.generated for caption in result.captions]
