@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,6 +54,8 @@ from tests.align.conftest import save_siglip
 MakeConfig = Callable[..., RunConfig]
 P, D, H = 16, 48, 64
 
+pytestmark = pytest.mark.usefixtures("remote_code")
+
 SHORT = ("train.steps=2", "train.eval_every=0", "eval.max_new_tokens=12")
 
 
@@ -63,18 +64,6 @@ def mlp_config(make_config: MakeConfig, *overrides: str) -> RunConfig:
     config = make_config(*SHORT, *overrides)
     config.connector = MlpConfig()
     return config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def remote_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers keeps the code of folders; not the user's own cache."""
-    cache = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
-        yield
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

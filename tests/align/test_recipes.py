@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -26,6 +30,8 @@ from align.config import RunConfig, list_configs, load_config
 from align.connectors import build_connector
 from align.connectors.sva import SvaConfig
 from align.evaluate import evaluate
+from align.interop import export_run, import_projector
+from align.interop.hf import prompt_of
 from align.live import caption_images
 from align.run import load_run, load_speaker
 from align.trainer import train
@@ -168,8 +174,9 @@ def twin(name: str, parts: Path) -> tuple[RunConfig, list[str], str]:
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("remote_code")
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_twin_trains_resumes_evaluates_and_speaks(
+def test_a_twin_trains_resumes_evaluates_speaks_and_is_exported(
     name: str, world: Path, parts: Path, store_of: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     config, encoders, fit = twin(name, parts)
@@ -191,3 +198,37 @@ def test_a_twin_trains_resumes_evaluates_and_speaks(
     images = [world / "images" / caption.images[0] for caption in result.captions]
     said = caption_images(load_speaker(cut), images)
     assert said == [caption.generated for caption in result.captions]
+
+    # Its connector comes back from the files of the system that it is of, and a run starts there.
+    path = cut
+    if config.connector.name != "resampler":
+        form = "cambrian" if config.layout.newline else "llava"
+        export_run(cut, form, tmp_path / form)
+        path = tmp_path / "back"
+        import_projector(tmp_path / form / "mm_projector.bin", form, path)
+    still = replace(
+        config,
+        train=replace(config.train, init_from=str(path), steps=1),
+        optim=replace(config.optim, lr=0.0, slow_lr=None, weight_decay=0.0),
+    )
+    train(still, stores, tmp_path / "again")
+    end = find_checkpoint(tmp_path / "again" / "checkpoints").path
+    expected, found = (load_file(p / "connector.safetensors") for p in (ends[1], end))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+
+    # And the whole model in transformers says what it says here.
+    if config.connector.name != "sva":
+        out = tmp_path / f"hf_{name}".replace(".", "_")
+        export_run(cut, "hf", out)
+        model = AutoModelForImageTextToText.from_pretrained(
+            out, dtype=torch.float32, trust_remote_code=True
+        )
+        processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+        encoder = load_speaker(cut).encoder
+        for image, text in zip(images[:3], said, strict=False):
+            asked = processor(
+                images=[Image.open(image)], text=prompt_of(encoder), return_tensors="pt"
+            )
+            answer = model.generate(**asked, max_new_tokens=4)[0, asked["input_ids"].shape[1] :]
+            assert encoder.answer_text(answer.tolist()) == text
