@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from align.connectors.mlp import MlpConfig
 from align.connectors.sva import SvaConfig
 from align.errors import InteropError
-from align.interop.folder import Written, finish, published
+from align.interop.folder import Written, finish, published, save_tensors
 from align.interop.names import Projector, as_mlp, as_sva, original_tensors, read_tensors
 from align.interop.trained import load_trained
 
@@ -56,8 +54,8 @@ def export(run: Path, checkpoint: str, out: Path, *, force: bool) -> Written:
     tensors = original_tensors(trained.connector)
     nbytes = 2 * sum(each.nbytes for each in tensors.values())
     with published(out, nbytes, force) as folder:
-        torch.save({"model": tensors}, folder / "mm_projector.pth")
-        torch.save(tensors, folder / "mm_projector.bin")
+        save_tensors(folder / "mm_projector.pth", {"model": tensors})
+        save_tensors(folder / "mm_projector.bin", tensors)
         written = finish(folder, "cambrian", trained.describe(), notices)
     return Written(out, "cambrian", trained.step, written, tuple(notices))
 

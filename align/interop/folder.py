@@ -6,6 +6,7 @@ called .partial-*, and no tool takes it for the folder.
 
 from __future__ import annotations
 
+import io
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+
 from align.errors import InteropError
-from featcache.files import PARTIAL, publish_json, sync
+from featcache.files import PARTIAL, publish, publish_json, sync
 
 MANIFEST = "export.json"
 """Where an exported folder says what it is of. Without it no folder is ever replaced."""
@@ -72,13 +76,20 @@ def published(out: Path, nbytes: int, force: bool) -> Iterator[Path]:
             sync(file)
         sync(partial)
         _replace(partial, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InteropError(
-            f"--out {out}: cannot be written: {error.strerror or error}; free some space, or "
-            "choose another"
+            f"--out {out}: cannot be written: {reason}; free some space, or choose another"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_tensors(file: Path, content: object) -> None:
+    """As `torch.save` does. Raises OSError, which writing to a file directly does not always."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    publish(file, [buffer.getbuffer()])
 
 
 def finish(partial: Path, form: str, described: dict[str, Any], notices: list[str]) -> int:

@@ -79,6 +79,8 @@ def export(
             "what the exported model says may differ from `align caption`"
         )
     with published(out, sum(sizes.values()), force) as folder:
+        # First: read back while no config.json asks for the folder's own code.
+        copy_tokenizer(trained.config.llm, speaker.encoder.tokenizer, folder)
         config = (
             _plain_config(speaker, encoder, tower)
             if is_plain
@@ -86,7 +88,6 @@ def export(
         )
         publish_json(folder / "config.json", config)
         publish_json(folder / "generation_config.json", _generation(speaker.encoder))
-        copy_tokenizer(trained.config.llm, folder)
         processor = "LlavaProcessor" if is_plain else "AlignVlmProcessor"
         publish_json(
             folder / "preprocessor_config.json", _image_processor(tower.preprocessing, processor)

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from align.errors import ModelError
+from align.errors import InteropError, ModelError
 from align.llm import LLMConfig, find_llm
 from featcache.files import publish_json
 from featcache.quiet import quiet
@@ -59,10 +59,13 @@ def with_old_names(config: PreTrainedConfig) -> dict[str, Any]:
     return plain
 
 
-def copy_tokenizer(config: LLMConfig, folder: Path) -> None:
-    """The tokenizer's own files, byte for byte but for one name in tokenizer_config.json.
+def copy_tokenizer(config: LLMConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The tokenizer's own files, byte for byte but for its class in tokenizer_config.json.
 
-    A class name that only transformers 5 knows is replaced by the one that both know.
+    That is written where it lacks, as the folder's model no longer says it; a name that only
+    transformers 5 knows is replaced by the one that both know.
+
+    Raises InteropError where the copy has not the tokens of `tokenizer`.
     """
     source = find_llm(config.name)
 
@@ -82,6 +85,15 @@ def copy_tokenizer(config: LLMConfig, folder: Path) -> None:
     settings = {}
     if file := find("tokenizer_config.json"):
         settings = json.loads(file.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    publish_json(folder / "tokenizer_config.json", settings)
+    kind = settings.get("tokenizer_class") or type(tokenizer).__name__
+    kind = "PreTrainedTokenizerFast" if kind == "TokenizersBackend" else kind
+    publish_json(folder / "tokenizer_config.json", {**settings, "tokenizer_class": kind})
+    with quiet():
+        copy = AutoTokenizer.from_pretrained(folder)
+    before, now = tokenizer.get_vocab(), copy.get_vocab()
+    if before != now:
+        raise InteropError(
+            f"llm.name={config.name}: a copy of its tokenizer files has {len(now):,} tokens, the "
+            f"run's has {len(before):,}; save it with transformers' save_pretrained into a folder, "
+            "and train with that"
+        )

@@ -15,11 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from align.connectors.mlp import MlpConfig
 from align.errors import InteropError
-from align.interop.folder import Written, finish, published
+from align.interop.folder import Written, finish, published, save_tensors
 from align.interop.language import language_config
 from align.interop.names import Projector, as_mlp, original_tensors, read_tensors
 from align.interop.trained import Tower, Trained, load_trained, pads_with_mean
@@ -47,7 +45,7 @@ def export(run: Path, checkpoint: str, out: Path, *, force: bool) -> Written:
     tensors = original_tensors(trained.connector)
     nbytes = sum(each.nbytes for each in tensors.values())
     with published(out, nbytes, force) as folder:
-        torch.save(tensors, folder / PROJECTOR_FILE)
+        save_tensors(folder / PROJECTOR_FILE, tensors)
         publish_json(folder / "config.json", config)
         written = finish(folder, "llava", trained.describe(), notices)
     return Written(out, "llava", trained.step, written, tuple(notices))

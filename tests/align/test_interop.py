@@ -280,10 +280,11 @@ def test_a_folder_is_whole_or_not_there(
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", no_space)
-        with pytest.raises(InteropError, match="cannot be written: No space left on device"):
-            export_run(mlp_run, "llava", out, force=True)
+    for form, place in (("llava", "folder.publish"), ("hf", "hf.save_file")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"align.interop.{place}", no_space)
+            with pytest.raises(InteropError, match="cannot be written: No space left on device"):
+                export_run(mlp_run, form, out, force=True)
     assert (out / "mm_projector.bin").read_bytes() == before
     export_run(mlp_run, "llava", out, force=True)
     usage = namedtuple("usage", "total used free")
