@@ -61,6 +61,8 @@ def parity(
         raise click.UsageError("--run has a config of its own; leave --config out")
     if run is None and not features:
         raise click.UsageError("give --features STORE, or --run RUN")
+    if images is not None:  # the data files' paths are relative to it as well
+        overrides = (*overrides, f"data.images={images}")
     if run is not None:
         loaded = load_run(run, checkpoint, features=features, overrides=overrides)
     else:
