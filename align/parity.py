@@ -32,8 +32,7 @@ DRAWS = 4
 """Times that a sample is computed with live features that carry an error like the store's."""
 MARGIN = 6.0
 """Allowed to loss and gradients over what is to be expected. Largest measured over 80 samples of
-the demo with each codec, in fp32 and in bf16: 3.8 times that for a loss, 4.6
-for gradients."""
+the demo with each codec, in fp32 and in bf16: 3.8 times that for a loss, 4.6 for gradients."""
 
 
 @dataclass(frozen=True, slots=True)

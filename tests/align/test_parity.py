@@ -79,6 +79,10 @@ def test_a_converted_store(store: Store, tmp_path: Path, make_config: MakeConfig
     report = of_store(make_config(), tmp_path / "int8.zarr")
     assert report.agrees
     assert report.comparisons[0].worst > 0
+    convert(store.path, tmp_path / "store.h5")
+    report = of_store(make_config(), tmp_path / "store.h5")
+    assert report.agrees
+    assert report.comparisons[1:] == of_store(make_config(), store.path).comparisons[1:]
 
 
 def test_two_stores_and_several_images(
