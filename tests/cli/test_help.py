@@ -49,6 +49,7 @@ def test_commands_are_those_promised() -> None:
         "caption",
         "report",
         "plan",
+        "parity",
         "bench",
         "configs",
         "demo",
