@@ -25,6 +25,7 @@ group = LazyGroup(
             "cli.plan:plan",
             "Bytes, hours and break-even of a feature cache, before any is spent.",
         ),
+        "parity": ("cli.parity:parity", "Cached against live: features, loss, gradients."),
         "bench": ("cli.bench:bench", "Read speed of the store, beside peers and memcpy."),
         "configs": ("cli.configs:configs", "The recipes shipped, one line each."),
         "demo": ("cli.demo:demo", "The whole job on generated data: extract, train, eval, report."),

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from featcache.codecs import Codec, LayerCodec, get_codec
 from featcache.encode import load_pixels
-from featcache.errors import CorruptStoreError
+from featcache.encoders import Encoded
+from featcache.errors import CorruptStoreError, ImageError
 from featcache.fingerprint import fingerprint, require_same
 from featcache.journal import key_of
 from featcache.layout import Status
@@ -74,6 +75,65 @@ def tolerance(live: Tensor, decoded: Tensor, noise: float) -> float:
     return MARGIN * (noise + math.sqrt(noise * step))
 
 
+class LiveEncoder:
+    """The encoder of a store, and the images of its rows.
+
+    noise: relative L2 error between what it gives here and what it gave when the store was made.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        model: str | None = None,
+        images: StorePath | None = None,
+        device: str | None = None,
+        cure: str = "name the right one with --model",
+    ) -> None:
+        """model: the encoder by another name or folder than the store's. images: where the images
+        lie now, if elsewhere. device: to compute on; that of the store where None. cure: of an
+        encoder that is another one.
+
+        Raises FeatcacheError where the encoder cannot be loaded, and FingerprintMismatch where it
+        is another one than the store names.
+        """
+        self._encoder = encoder_of(store.info, model, device)
+        stated = store.info.fingerprint
+        ours = with_tiles(fingerprint(self._encoder), Tiling.of(stated))
+        require_same(
+            {**stated, "compute": None},  # another device gives the same but for noise
+            {**ours, "compute": None},
+            left_name=str(store.path),
+            right_name="the encoder as it is here",
+            cure=cure,
+        )
+        self.noise = max(_noise(stated.get("compute", {})), _noise(ours["compute"]))
+        self._store = store
+        self._plans = store.plans
+        self._sources = sources_of(store.info, self._plans, images)
+        self._before = [get_codec(name) for name in codecs_before(store.info.source)]
+
+    def name(self, row: int) -> str:
+        """Of a row, for messages: "row 3 (a.jpg)"."""
+        return f"row {row} ({key_of(self._plans, row)})"
+
+    def encode(self, row: int) -> Encoded:
+        """The image of a row, in a batch of its own.
+
+        Raises ImageError where it cannot be read, or is not the image any more.
+        """
+        digest = self._store.index.digests[row].tobytes()
+        loaded = load_pixels(self._encoder, PlannedImage(digest, *self._sources.refs(row)))
+        if loaded.pixels is None:
+            raise ImageError(loaded.status.reason, loaded.detail)
+        return self._encoder.encode(self._encoder.collate([loaded.pixels]))
+
+    def noise_of(self, live: Tensor, *, pooled: bool = False) -> float:
+        """`noise`, and what codecs of before a conversion have added to it. live: one image's
+        output."""
+        return self.noise + sum(_rounding(codec, live, pooled=pooled) for codec in self._before)
+
+
 def compare_live(
     root: Path,
     count: int,
@@ -90,23 +150,10 @@ def compare_live(
     FingerprintMismatch where it is another one than the store names.
     """
     store = Store(root)
-    plans = store.plans
-    encoder = encoder_of(store.info, model, device)
-    stated = store.info.fingerprint
-    ours = with_tiles(fingerprint(encoder), Tiling.of(stated))
-    require_same(
-        {**stated, "compute": None},  # another device gives the same but for noise
-        {**ours, "compute": None},
-        left_name=str(root),
-        right_name="the encoder as it is here",
-        cure="name the right one with --model",
-    )
-    noise = max(_noise(stated.get("compute", {})), _noise(ours["compute"]))
-    before = [get_codec(name) for name in codecs_before(store.info.source)]
+    encoder = LiveEncoder(store, model=model, images=images, device=device)
     rows = np.flatnonzero(store.index.status == Status.OK)
     chance = np.random.default_rng(seed)
     rows = np.sort(chance.choice(rows, min(count, len(rows)), replace=False))
-    sources = sources_of(store.info, plans, images)
     codecs: dict[str, LayerCodec] = {name: store.layer_codec(name) for name in store.layers}
     not_compared: list[str] = []
     wrong: list[str] = []
@@ -114,18 +161,17 @@ def compare_live(
     allowed: dict[str, float] = {}
     compared = 0
     for row in rows.tolist():
-        where = f"row {row} ({key_of(plans, row)})"
-        image = PlannedImage(store.index.digests[row].tobytes(), *sources.refs(row))
-        loaded = load_pixels(encoder, image)
-        if loaded.pixels is None:
-            not_compared.append(f"{where}: {loaded.status.reason}: {loaded.detail}")
+        where = encoder.name(row)
+        try:
+            encoded = encoder.encode(row)
+        except ImageError as error:
+            not_compared.append(f"{where}: {error}")
             continue
         try:
             kept = _stored(store, row)
         except CorruptStoreError as error:
             not_compared.append(f"{where}: {error}")
             continue
-        encoded = encoder.encode(encoder.collate([loaded.pixels]))
         compared += 1
         for name, stored in kept.items():
             if name == "pooled":
@@ -138,8 +184,7 @@ def compare_live(
             norm = float(again.norm())
             distance = float((stored - again).norm())
             relative = distance / norm if norm else distance
-            rounded = sum(_rounding(codec, live, pooled=name == "pooled") for codec in before)
-            bound = tolerance(live, again, noise + rounded)
+            bound = tolerance(live, again, encoder.noise_of(live, pooled=name == "pooled"))
             if name not in worst or relative / bound > worst[name] / allowed[name]:
                 worst[name], allowed[name] = relative, bound
             if not relative <= bound:

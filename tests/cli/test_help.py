@@ -51,6 +51,7 @@ def test_commands_are_those_promised() -> None:
         "import",
         "report",
         "plan",
+        "parity",
         "bench",
         "configs",
         "demo",
