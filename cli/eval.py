@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", default="last", show_default=True, help="last, best or a step.")
 @click.option(
     "--features",
+    multiple=True,
     type=console.LOCATION,
     metavar="STORE",
     help="The store, where it has moved [the run's].",
@@ -44,7 +45,7 @@ def evaluate(
     limit: int | None,
     shuffle_features: bool,
     checkpoint: str,
-    features: StorePath | None,
+    features: tuple[StorePath, ...],
     temperature: float | None,
     top_p: float | None,
     max_new_tokens: int | None,
@@ -58,7 +59,7 @@ def evaluate(
     from align.evaluate import evaluate as library
     from align.run import load_run
 
-    loaded = load_run(run, checkpoint, features=[features] if features is not None else [])
+    loaded = load_run(run, checkpoint, features=features)
     given: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,

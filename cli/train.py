@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     multiple=True,
     type=console.LOCATION,
     metavar="STORE",
-    help="The store to train on.",
+    help="The store to train on; once for each encoder of an SVA, in their order.",
 )
 @click.option("--config", metavar="NAME|FILE", help="A recipe of `align configs`, or a YAML file.")
 @click.option(
