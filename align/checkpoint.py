@@ -42,7 +42,7 @@ class Checkpoint:
     def state(self) -> dict[str, Any]:
         """The content of state.json.
 
-        Raises CheckpointError where it is unreadable or of a newer format.
+        Raises CheckpointError where it is unreadable or of another format.
         """
         file = self.path / "state.json"
         try:

@@ -115,9 +115,19 @@ def evaluate(
     decoding = decoding or run.config.eval
     of_split = run.splits.split(split)
     own = list(of_split[:limit])
-    shown = shuffled(own) if shuffle_features else own
-    loader = run.loader_of(shown)
+    shown = own
+    loader = run.loader_of(own)
     usable = np.fromiter(loader.usable(), np.int64)
+    if shuffle_features:
+        shown = shuffled(own)
+        if run.model.connector.varies:
+            # Other images take other numbers of slots, for which there may be no room.
+            loader = run.loader_of(shown)
+            usable = np.intersect1d(usable, np.fromiter(loader.usable(), np.int64))
+        else:
+            loader.samples = shown  # what was tokenised still holds
+        # Without an image there is nothing to exchange.
+        usable = np.array([i for i in usable.tolist() if len(own[i].rows)], np.int64)
     if not len(usable):
         raise DataError(f"none of {len(own)} samples can be evaluated: {loader.skipped}")
     key_of_row = {

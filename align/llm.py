@@ -204,6 +204,10 @@ def find_llm(name: str) -> str:
     return name
 
 
+_PROBE_TEXT = "A 2-year-old naïve café owner's  photo:\n\tred & blue (640x480)… 東京 1234567 !"
+"""Words, numbers, blanks and scripts that tokenizers cut differently."""
+
+
 def _image_token_id(tokenizer: PreTrainedTokenizerBase, config: LLMConfig, rows: int) -> int:
     token_id = tokenizer.convert_tokens_to_ids(config.image_token)
     # The unknown token stands for whatever is none, unless it is what was asked for.
@@ -228,7 +232,14 @@ def _identity(
     embedding = model.get_input_embeddings().weight
     rows = torch.linspace(0, len(embedding) - 1, 64).long().to(embedding.device)
     probe = embedding[rows].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    # The words alone do not tell how texts are cut into them, or what a chat template writes.
+    writes = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "cut": tokenizer(_PROBE_TEXT).input_ids,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+    }
+    described = json.dumps(writes, ensure_ascii=False, sort_keys=True)
     return {
         "name": config.name,
         "revision": getattr(settings, "_commit_hash", None),
@@ -239,6 +250,6 @@ def _identity(
         "probe": hashlib.blake2b(probe, digest_size=8).hexdigest(),
         "tokenizer": {
             "size": len(tokenizer),
-            "digest": hashlib.blake2b(vocabulary.encode(), digest_size=8).hexdigest(),
+            "digest": hashlib.blake2b(described.encode(), digest_size=8).hexdigest(),
         },
     }

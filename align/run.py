@@ -359,6 +359,11 @@ def load_run(
                 f"{folder.path}: its store {store} is gone; if it has moved, give --features STORE "
                 "(`align caption` needs none)"
             )
+    if features and len(features) != len(info["features"]):
+        raise RunError(
+            f"--features: {folder.path} was trained on {len(info['features'])} stores, "
+            f"{len(features)} are given; give each of them, in the same order"
+        )
     run = assemble(config, features or info["features"], folder.path)
     _check_same_division(restore(run, found), run)
     run.model.eval()
@@ -551,8 +556,8 @@ def _check_encoders(config: RunConfig, stores: Sequence[Store]) -> None:
 def are_padded(config: RunConfig, fingerprints: Sequence[dict[str, Any]]) -> bool:
     """Whether images were padded to squares, in every store.
 
-    Raises ConfigError where the connector must know that and stores differ, or where unpadding is
-    asked for without.
+    Raises ConfigError where the stores differ in how images were fitted, or where unpadding is
+    asked for without padding.
     """
     fits = [fit_of(fingerprint).partition(":")[0] for fingerprint in fingerprints]
     if config.layout.unpad and set(fits) != {"pad"}:
@@ -560,7 +565,7 @@ def are_padded(config: RunConfig, fingerprints: Sequence[dict[str, Any]]) -> boo
             f"layout.unpad=true: the images of the stores were fitted by {', '.join(fits)}, not "
             "padded to a square; extract with --fit pad, or set layout.unpad=false"
         )
-    if len(set(fits)) > 1 and "pad" in fits:
+    if len(set(fits)) > 1:
         raise ConfigError(
             f"--features: the images of the stores were fitted by {', '.join(fits)}, so that a "
             "place in the features of one is another place in those of another; extract all of "

@@ -180,23 +180,23 @@ class Session:
         ids = [samples[i].record.id for i in self.sampler.step(step).tolist()]
         images = self._not_finite_images(step)
         file = self.run.path / "not_finite.json"
-        document = {"step": step + 1, "ids": ids, "images": images}
+        named = sorted({key for keys in images.values() for key in keys})
+        document = {"step": step + 1, "ids": ids, "images": named}
         file.write_text(json.dumps(document, indent=1), encoding="utf-8")
         head = f"step {step + 1}: loss {loss}, gradient norm {norm} are not finite"
         if images:
-            stores = [str(store.path) for store in self.run.stores.stores]
+            store, keys = next(iter(images.items()))
             raise DataError(
-                f"{head}, as the features of {_first(images)} in {' or '.join(stores)} are not "
-                f"(all in {file}); the store is damaged: run `featcache verify {stores[0]} "
-                "--repair`, then --resume"
+                f"{head}, as the features of {_first(keys)} in {store} are not (all in {file}); "
+                f"the store is damaged: run `featcache verify {store} --repair`, then --resume"
             )
         raise AlignError(
             f"{head}; its samples are {_first(ids)} (all in {file}); start again with a lower "
             "optim.lr in another --out"
         )
 
-    def _not_finite_images(self, step: int) -> list[str]:
-        """Keys of a step's images whose stored features are not all finite.
+    def _not_finite_images(self, step: int) -> dict[str, list[str]]:
+        """{store: keys of a step's images whose features in it are not all finite}.
 
         Features are checked when they are written, so these were damaged on disk since.
         """
@@ -206,13 +206,15 @@ class Session:
             for sample in samples
             for key, rows in zip(sample.record.images, sample.rows, strict=True)
         }
+        found: dict[str, list[str]] = {}
         # One by one: a step may see more images than fit into memory at once.
         with self.run.stores.reader(self.run.layers, threads=1, depth=1, check="never") as reader:
-            return [
-                key
-                for key, rows in rows_of_key.items()
-                if not all(each.isfinite().all() for each in reader.read(rows[None]))
-            ]
+            for key, rows in rows_of_key.items():
+                features = reader.read(rows[None])
+                for store, each in zip(self.run.stores.stores, features, strict=True):
+                    if not each.isfinite().all():
+                        found.setdefault(str(store.path), []).append(key)
+        return found
 
 
 def start_session(

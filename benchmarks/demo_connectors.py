@@ -63,7 +63,7 @@ def measure(out: Path, settings: DemoSettings, only: str = "") -> list[dict[str,
         folder = out / name.replace(", ", "-").replace(" ", "")
         start = time.perf_counter()
         train(config, [store], folder, resume=True)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start  # of this call: less where it was resumed
         run = load_run(folder)
         found = {
             "own": evaluate(run).figures,

@@ -40,15 +40,15 @@ def unpadded(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
 
     size: the image's original (width, height). side: tokens along an edge of the square.
     The padding on both sides of the image is rounded down alike, so that a row which is half image
-    stays: 640 x 480 in 27 x 27 keeps 21 rows. As in the original, an image so long that its
-    padding would be all of the square keeps what the rounding leaves, at least one row.
+    stays: 640 x 480 in 27 x 27 keeps 21 rows. However long an image is, a row stays, or two of an
+    even side (where the original is left with none).
     """
     width, height = size
+    long, short = max(size), min(size)
     # The division first: in floating point the other order gives another number for some sizes.
+    padding = min((side - int(short * (side / long))) // 2, (side - 1) // 2)
     if width > height:
-        padding = (side - int(height * (side / width))) // 2
         return padding, 0, side - 2 * padding, side
-    padding = (side - int(width * (side / height))) // 2
     return 0, padding, side, side - 2 * padding
 
 

@@ -56,8 +56,8 @@ class SvaConfig:
     """Per tower, the number of tokens that its patches are interpolated to: the square of a
     multiple of `side`, e.g. [576, 576, 576, 9216]; empty takes side * side for each."""
     mask_padding: bool = True
-    """Keep queries from looking at the padding of images that were padded to a square. false for
-    features of encoders that resize or crop to a square instead."""
+    """Keep queries from looking at the padding of images that were padded to a square. Where they
+    were resized or cropped to one there is none, and nothing is masked."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one "field: reason" each."""

@@ -259,6 +259,11 @@ def build_splits(config: DataConfig, template: TemplateConfig, stores: StoreJoin
             f"{_paths(stores)}: {why}{cure}"
         )
     train, mixture = _mix(joined, file_of, ~held_out, config, template)
+    if not any(len(sample.rows) for sample in train):
+        raise DataError(
+            f"{', '.join(map(str, files))}: no record to train on has an image, and from text alone "
+            "a connector learns nothing; name files with images in data.files"
+        )
     found_val = shared = 0
     if config.val_files:
         joined_val, _, found_val = _load(

@@ -41,20 +41,29 @@ from tests.support_tokenizers import llama2, llama3
 
 RECIPES = sorted(set(list_configs()) - {"demo"})
 """The demo has its own test."""
-WIDTHS = {"8b": 4096, "trial": 4096, "0.6b": 1024, "1.7b": 2048, "4b": 2560, "14b": 5120}
 
+# The sampler with its queries, and the four projectors before it.
+SVA = 47_296_512 + 1024 + 13_910_016
 PARAMETERS = {
+    "qwen3-0.6b-resampler": 13_226_752,
+    "qwen3-1.7b-resampler": 27_911_936,
+    "qwen3-4b-resampler": 38_400_256,
+    "qwen3-14b-resampler": 122_299_136,
     "qwen3-8b-resampler": 82_445_824 + 2304,
     "qwen3-trial": 82_445_824,
     "llava15-7b": 20_979_712,
     "llava15-13b": 31_467_520,
     "cambrian-s-7b": 16_980_992 + 3584,
-    # The sampler with its queries, the four projectors before it, the one behind it, the newline.
-    "cambrian1-sva-8b": 47_296_512 + 1024 + 13_910_016 + 20_979_712 + 4096,
+    # And the projector behind it, 1024-H-H, and the newline.
+    "cambrian1-sva-8b": SVA + 20_979_712 + 4096,
+    "cambrian1-sva-13b": SVA + 31_467_520 + 5120,
+    "cambrian1-sva-34b": SVA + 1024 * 7168 + 7168 + 7168 * 7168 + 7168 + 7168,
 }
 OUT_WIDTH = {
-    "qwen3-8b-resampler": 4096, "qwen3-trial": 4096, "llava15-7b": 4096, "llava15-13b": 5120,
-    "cambrian-s-7b": 3584, "cambrian1-sva-8b": 4096,
+    "qwen3-0.6b-resampler": 1024, "qwen3-1.7b-resampler": 2048, "qwen3-4b-resampler": 2560,
+    "qwen3-8b-resampler": 4096, "qwen3-trial": 4096, "qwen3-14b-resampler": 5120,
+    "llava15-7b": 4096, "llava15-13b": 5120, "cambrian-s-7b": 3584, "cambrian1-sva-8b": 4096,
+    "cambrian1-sva-13b": 5120, "cambrian1-sva-34b": 7168,
 }  # fmt: skip
 
 
@@ -69,10 +78,10 @@ def test_full_size(name: str) -> None:
     ]
     with torch.device("meta"):
         connector = build_connector(
-            config.connector, towers, OUT_WIDTH.get(name, 1024), config.layout, padded=True
+            config.connector, towers, OUT_WIDTH[name], config.layout, padded=True
         )
     count = sum(parameter.numel() for parameter in connector.parameters())
-    assert count == PARAMETERS.get(name, count)
+    assert count == PARAMETERS[name]
     slots = {"resampler": 64, "mlp": 576, "sva": 600}[config.connector.name]
     square = connector.num_slots((384, 384))
     assert square == (756 if name == "cambrian-s-7b" else slots)

@@ -68,6 +68,14 @@ def test_what_unpadding_keeps_is_the_image() -> None:
             )
 
 
+@pytest.mark.parametrize("side", [1, 2, 4, 24, 27])
+def test_some_of_an_image_stays_however_long_it_is(side: int) -> None:
+    layout = Layout(BOTH, side * side, (side, side), 3)
+    for size in ((1000, 20), (20, 1000), (9000, 1), (1, 9000)):
+        assert layout.num_slots(size) >= side
+        assert layout(torch.randn(1, side * side, 3), [size]).shape[0] == layout.num_slots(size)
+
+
 def test_gradients_reach_kept_tokens_and_the_newline() -> None:
     layout = Layout(BOTH, 25, (5, 5), 3)
     tokens = torch.randn(2, 25, 3, requires_grad=True)
