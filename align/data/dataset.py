@@ -261,7 +261,7 @@ def build_splits(config: DataConfig, template: TemplateConfig, stores: StoreJoin
     train, mixture = _mix(joined, file_of, ~held_out, config, template)
     if not any(len(sample.rows) for sample in train):
         raise DataError(
-            f"{', '.join(map(str, files))}: no record to train on has an image, and from text alone "
+            f"{', '.join(map(str, files))}: none of the records has an image, and from text alone "
             "a connector learns nothing; name files with images in data.files"
         )
     found_val = shared = 0
