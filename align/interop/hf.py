@@ -307,23 +307,29 @@ def _generation(encoder: SampleEncoder) -> dict[str, Any]:
 
 
 def _copy_code(trained: Trained, folder: Path) -> None:
-    """The connector's own file, layout.py, and the files of `remote`."""
-    name = trained.config.connector.name
-    kind = CONNECTORS[name]
-    core = Path(inspect.getfile(kind))
-    shutil.copyfile(core, folder / core.name)
-    layout = Path(inspect.getfile(layout_module))
-    shutil.copyfile(layout, folder / layout.name)
+    """The connector's own file, layout.py, and the files of `remote`.
+
+    Those import what they need from `connector`, which is not written: transformers 4 copies only
+    the files that a module itself imports, not those that these import in turn.
+    """
+    kind = CONNECTORS[trained.config.connector.name]
+    core, layout = Path(inspect.getfile(kind)), Path(inspect.getfile(layout_module))
+    for file in (core, layout):
+        shutil.copyfile(file, folder / file.name)
     here = Path(inspect.getfile(remote)).parent
-    for file in ("configuration_align.py", "modeling_align.py", "processing_align.py"):
-        shutil.copyfile(here / file, folder / file)
-    text = (
-        f'"""The connector of this model: {name}."""\n\n'
-        "from .layout import Layout, LayoutConfig, unpadded\n"
-        f"from .{core.stem} import {kind.__name__} as CoreConfig\n\n"
-        '__all__ = ["CoreConfig", "Layout", "LayoutConfig", "unpadded"]\n'
-    )
-    publish(folder / "connector.py", [text.encode()])
+    direct = {
+        "from .connector import CoreConfig, Layout, LayoutConfig\n": (
+            f"from .{layout.stem} import Layout, LayoutConfig\n"
+            f"from .{core.stem} import {kind.__name__} as CoreConfig\n"
+        ),
+        "from .connector import unpadded\n": f"from .{layout.stem} import unpadded\n",
+    }
+    for name in ("configuration_align.py", "modeling_align.py", "processing_align.py"):
+        text = (here / name).read_text(encoding="utf-8")
+        for indirect, own in direct.items():
+            text = text.replace(indirect, own)
+        assert "from .connector" not in text, name
+        publish(folder / name, [text.encode()])
 
 
 def prompt_is_invertible(encoder: SampleEncoder) -> bool:

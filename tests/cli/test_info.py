@@ -153,7 +153,7 @@ def test_failures_by_reason(options: ExtractOptions, capsys: pytest.CaptureFixtu
 
 
 def test_details_are_cut_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((40, 20)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((40, 20)))
     found = [Failure("a.png", "missing", "x" * 50), Failure("\x1b[2J.png", "too_large", "short")]
     assert lines(found, terminal=False) == [
         f"a.png        missing    {'x' * 50}",

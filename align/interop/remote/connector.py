@@ -1,4 +1,4 @@
-"""Which connector the model has. An exported folder has this file with its own core's names."""
+"""Which connector the model has: here one of them; an exported folder imports its own core."""
 
 from align.connectors.layout import Layout, LayoutConfig, unpadded
 from align.connectors.resampler import ResamplerConfig as CoreConfig
