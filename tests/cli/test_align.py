@@ -141,7 +141,6 @@ def test_export_import_and_start_from_it(demo: Path, align: Align, tmp_path: Pat
         "README.md",
         "config.json",
         "configuration_align.py",
-        "connector.py",
         "export.json",
         "generation_config.json",
         "layout.py",
