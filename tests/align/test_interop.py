@@ -22,16 +22,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
 )
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from align.checkpoint import find_checkpoint
 from align.config import RunConfig
@@ -50,6 +46,7 @@ from featcache.extract import ExtractOptions, extract
 from featcache.manifests import Record
 from featcache.store import Store
 from tests.align.conftest import save_siglip
+from tests.support_models import save_clip, save_llama
 
 MakeConfig = Callable[..., RunConfig]
 P, D, H = 16, 48, 64
@@ -570,8 +567,14 @@ def test_exported_model_is_ours(
 @pytest.mark.parametrize("tied", [True, False])
 def test_clip_and_llama(world: Path, make_config: MakeConfig, tmp_path: Path, tied: bool) -> None:
     """LLaVA-1.5's pair: a class token that is dropped, middle crops, BOS; tied weights or not."""
-    save_clip(tmp_path / "clip")
-    save_llama(tmp_path / "llama", world, tied)
+    save_clip(tmp_path / "clip", width=D)
+    save_llama(
+        tmp_path / "llama",
+        starting_tokenizer(world),
+        vocab_size=512,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 50_000.0},
+    )
     extract(
         ExtractOptions(
             model=str(tmp_path / "clip"),
@@ -611,42 +614,15 @@ def test_clip_and_llama(world: Path, make_config: MakeConfig, tmp_path: Path, ti
     )
 
 
-def save_clip(folder: Path) -> None:
-    torch.manual_seed(4)
-    settings = {
-        "hidden_size": D,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    CLIPVisionModel(CLIPVisionConfig(**settings)).save_pretrained(folder)
-    crop = {"height": 32, "width": 32}
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(folder)
-
-
-def save_llama(folder: Path, world: Path, tied: bool) -> None:
-    """A Llama of width 64 with a tokenizer that begins every text with a token."""
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=H,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.1,
-        rope_parameters={"rope_type": "default", "rope_theta": 50_000.0},
-        tie_word_embeddings=tied,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+def starting_tokenizer(world: Path) -> PreTrainedTokenizerBase:
+    """Qwen's, but that it begins every text with a token."""
     tokenizer = AutoTokenizer.from_pretrained(world / "qwen3")
     start = "<|endoftext|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{start} $A", special_tokens=[(start, tokenizer.convert_tokens_to_ids(start))]
     )
     tokenizer.bos_token = start
-    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 @pytest.mark.parametrize("kind", ["pool", "conv", "deep", "last"])

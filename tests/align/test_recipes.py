@@ -15,15 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from align.checkpoint import find_checkpoint
 from align.config import RunConfig, list_configs, load_config
@@ -37,6 +29,7 @@ from align.run import load_run, load_speaker
 from align.trainer import train
 from featcache.extract import ExtractOptions, extract
 from featcache.registry import ENCODERS
+from tests.support_models import save_clip, save_llama
 from tests.support_tokenizers import llama2, llama3
 
 RECIPES = sorted(set(list_configs()) - {"demo"})
@@ -94,36 +87,13 @@ def test_every_recipe_opens_with_what_a_user_asks() -> None:
             assert f"# {word}" in head, f"{name} lacks {word}"
 
 
-def save_clip(folder: Path) -> None:
-    """A random CLIP tower of 16 patches x 40."""
-    torch.manual_seed(3)
-    config = CLIPVisionConfig(
-        hidden_size=40, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-        image_size=32, patch_size=8,
-    )  # fmt: skip
-    CLIPVisionModel(config).save_pretrained(folder)
-    size, crop = {"shortest_edge": 32}, {"height": 32, "width": 32}
-    CLIPImageProcessorPil(size=size, crop_size=crop).save_pretrained(folder)
-
-
-def save_llama(folder: Path, tokenizer: object) -> None:
-    torch.manual_seed(4)
-    config = LlamaConfig(
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,  # type: ignore[attr-defined]
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
-
-
 @pytest.fixture(scope="module")
 def parts(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """clip/, vicuna/, llama3/ beside the world's siglip/ and qwen3/."""
     folder = tmp_path_factory.mktemp("parts")
-    save_clip(folder / "clip")
-    save_llama(folder / "vicuna", llama2())
-    save_llama(folder / "llama3", llama3())
+    save_clip(folder / "clip", width=40)
+    save_llama(folder / "vicuna", llama2(), num_key_value_heads=2)
+    save_llama(folder / "llama3", llama3(), num_key_value_heads=2)
     for name in ("siglip", "qwen3"):
         shutil.copytree(world / name, folder / name)
     return folder
