@@ -11,6 +11,8 @@ AlignError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from featcache.errors import FeatcacheError
 
 
@@ -40,3 +42,8 @@ class RunError(AlignError):
 
 class InteropError(AlignError):
     """Weights that another tool wrote, or is to read, and that cannot be taken over whole."""
+
+
+def listed(values: Iterable[object]) -> str:
+    """[729, 576] -> "729 and 576", for messages."""
+    return " and ".join(map(str, values))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from align.checkpoint import Checkpoint, find_checkpoint
 from align.connectors import CONNECTORS, Connector
-from align.errors import CheckpointError
+from align.errors import CheckpointError, listed
 from featcache.files import seal_of
 
 WEIGHTS = "connector.safetensors"
@@ -119,9 +119,9 @@ def _require_widths(
     before, now = [width for _, width in widths["towers"]], [width for _, width in towers]
     if before != now:
         raise CheckpointError(
-            f"--init-from {file}: its connector is for encoders of width {_listed(before)}, the "
-            f"features here have {_listed(now)}; give the --features of encoders of width "
-            f"{_listed(before)}"
+            f"--init-from {file}: its connector is for encoders of width {listed(before)}, the "
+            f"features here have {listed(now)}; give the --features of encoders of width "
+            f"{listed(before)}"
         )
     if widths["out_width"] != out_width:
         raise CheckpointError(
@@ -147,7 +147,3 @@ def _require_same_tensors(
                 f"--init-from {file}: {name} is {tuple(tensors[name].shape)}, this run's is "
                 f"{tuple(own[name].shape)}; {cure}"
             )
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return " and ".join(map(str, numbers))

@@ -252,7 +252,7 @@ class _Compared:
         """Raises ImageError where an image cannot be encoded, TemplateError for a sample that
         cannot be trained on."""
         model = run.model
-        sizes = run.sizes_of(sample.rows)
+        sizes = run.stores.sizes_of(sample.rows)
         slots = [model.connector.num_slots(size) for size in sizes]
         tokens: TokenizedSample = run.encoder.encode(sample.record, slots)
         live = [

@@ -18,16 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 import featcache
 from align.checkpoint import Checkpoint, find_checkpoint, load_connector
 from align.config import RunConfig, diff_fields, load_config
-from align.connectors import Size, build_connector, check_connector
+from align.connectors import build_connector, check_connector
 from align.data.collate import Loader
 from align.data.dataset import DataSplits, Sample, build_splits, shards_of
 from align.data.sampling import StepSampler, Windows
@@ -143,13 +141,9 @@ class Run:
             samples,
             self.encoder,
             self.model.connector.num_slots,
-            self.store.sizes,
+            self.stores.sizes_of,
             self.model.device,
         )
-
-    def sizes_of(self, rows: NDArray[np.int64]) -> list[Size]:
-        """The original (width, height) of the images of rows int64[I, K], see `Sample.rows`."""
-        return [(width, height) for width, height in self.store.sizes[rows[:, 0]].tolist()]
 
     @property
     def reader(self) -> JoinReader:
@@ -453,8 +447,8 @@ def _check_same_division(state: dict[str, Any], run: Run) -> None:
 
     Files of `data.val_files` are held out whatever the other files hold.
     """
-    before = state["data"].get("division")
-    if run.config.data.val_files or before in (None, run.splits.division):
+    before = state["data"]["division"]
+    if run.config.data.val_files or before == run.splits.division:
         return
     raise CheckpointError(
         f"{run.path}: the records in {', '.join(run.config.data.files)} are not those that it was "

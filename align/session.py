@@ -402,8 +402,7 @@ def _check_same_learning(state: dict[str, Any], run: Run) -> None:
             f"{identity['precision']}; give train.precision={state.get('precision')}"
         )
     before, now = state["data"], identity["data"]
-    # An earlier version's checkpoints know less.
-    changed = diff_fields(before, {name: now[name] for name in before})
+    changed = diff_fields(before, now)
     if [line.split(":")[0] for line in changed] == ["images"]:
         raise CheckpointError(
             f"{run.path}: cannot be resumed: image files of its training samples have changed, and "

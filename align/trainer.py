@@ -168,7 +168,7 @@ def sample_captions(run: Run, count: int) -> SampleEvent:
     rows = np.concatenate([sample.rows for sample in samples])
     with _eval_mode(run):
         features = run.reader.read_stored(rows)
-        sizes = run.sizes_of(rows)
+        sizes = run.stores.sizes_of(rows)
         texts = generate(run.model, run.encoder, records, features, sizes, run.config.eval)
     return SampleEvent(
         run.step,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from align.connectors import Connector, Size
 from align.data.collate import Batch
-from align.errors import DataError
+from align.errors import DataError, listed
 from align.llm import FrozenLLM
 from align.loss import linear_cross_entropy
 from featcache.codecs import StoredFeatures
@@ -93,8 +93,8 @@ class AlignModel(nn.Module):
         there, built = [each.shape[1] for each in towers], [P for P, _ in self.connector.towers]
         if there != built:
             raise DataError(
-                f"the features have {_listed(there)} patches an image, the connector was built "
-                f"for {_listed(built)}; use features of the encoder it was trained with"
+                f"the features have {listed(there)} patches an image, the connector was built "
+                f"for {listed(built)}; use features of the encoder it was trained with"
             )
         slots: Tensor = self.connector(towers, sizes)
         return slots
@@ -129,7 +129,3 @@ class AlignModel(nn.Module):
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return " and ".join(map(str, numbers))

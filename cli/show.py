@@ -32,7 +32,7 @@ def show(
     run = assemble(load_config(config, overrides), list(features), Path())
     samples, views = [], []
     for sample in run.splits.train[:count]:
-        slots = [run.model.connector.num_slots(size) for size in run.sizes_of(sample.rows)]
+        slots = [run.model.connector.num_slots(size) for size in run.stores.sizes_of(sample.rows)]
         try:
             view = describe(sample.record, run.encoder, slots)
         except TemplateError as error:

@@ -39,6 +39,14 @@ class StoreJoin:
         """int64[K, S]: the row of each image in each store, -1 where that has no features of it."""
         return np.stack([store.rows(keys) for store in self.stores], axis=1)
 
+    def sizes_of(self, rows: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
+        """The images' original (width, height) in pixels, as the first store has them.
+
+        rows: int64[I, S].
+        """
+        sizes = self.stores[0].sizes[rows[:, 0]]
+        return [(width, height) for width, height in sizes.tolist()]
+
     def reader(
         self,
         layers: Sequence[str] | None = None,

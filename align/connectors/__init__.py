@@ -37,7 +37,8 @@ class Core(Protocol):
     grid, else None.
 
     Called with features float[I, P, D], or, where it has a true `needs_sizes`, with those of each
-    tower in a list and the images' `Size`s; returns float[I, Q, H].
+    tower in a list and the images' `Size`s; returns float[I, Q, H]. May have `slow_parameters`:
+    what the names of those parameters begin with that `optim.slow_lr` is for.
     """
 
     num_tokens: int
@@ -47,7 +48,11 @@ class Core(Protocol):
 
 
 class ConnectorConfig(Protocol):
-    """What a core's config dataclass offers."""
+    """What a core's config dataclass offers.
+
+    May have `notices(towers) -> Iterator[str]`: what a user should know who trains it on these,
+    though nothing is wrong; one line each.
+    """
 
     name: str
 

@@ -129,9 +129,8 @@ CACHED_SAMPLES = 50_000
 class Loader:
     """Streams batches of a split; features are read in the background, in order.
 
-    num_slots: of an image of some original size. sizes: int32[R, 2], the original (width, height)
-    of the first store's rows. device: where the features of a stream are wanted; None leaves them
-    where they were read.
+    num_slots: of an image of some original size. sizes_of: see `StoreJoin.sizes_of`.
+    device: where the features of a stream are wanted; None leaves them where they were read.
     skipped: samples that turned out, once tokenised, to have nothing to learn.
     """
 
@@ -139,7 +138,7 @@ class Loader:
     samples: Sequence[Sample]
     encoder: SampleEncoder
     num_slots: Callable[[Size], int]
-    sizes: NDArray[np.int32]
+    sizes_of: Callable[[NDArray[np.int64]], list[Size]]
     device: torch.device | None = None
     skipped: LeftOut = field(default_factory=LeftOut)
     _tokenized: dict[int, TokenizedSample] = field(default_factory=dict, repr=False)
@@ -165,7 +164,7 @@ class Loader:
             while not any(len(sample.rows) for sample in ahead[0][1]):
                 yield collate(*ahead.popleft(), nothing, [])
             tokenized, samples = ahead.popleft()
-            yield collate(tokenized, samples, features, self._sizes(samples))
+            yield collate(tokenized, samples, features, self.sizes_of(self._rows(samples)))
         while ahead:
             yield collate(*ahead.popleft(), nothing, [])
 
@@ -173,7 +172,7 @@ class Loader:
         """One batch with memory of its own, without the samples that cannot be used."""
         tokenized, samples = self._tokenize(indices)
         features = self.reader.read_stored(self._rows(samples))
-        return collate(tokenized, samples, features, self._sizes(samples))
+        return collate(tokenized, samples, features, self.sizes_of(self._rows(samples)))
 
     def usable(self) -> Iterator[int]:
         """Indices of the samples that a sequence can be made of; the others go to `skipped`."""
@@ -181,17 +180,10 @@ class Loader:
             if self._tokenize(np.array([index]))[0]:
                 yield index
 
-    def sizes_of(self, sample: Sample) -> list[Size]:
-        """Of its images."""
-        return [(width, height) for width, height in self.sizes[sample.rows[:, 0]].tolist()]
-
     def _rows(self, samples: Sequence[Sample]) -> NDArray[np.int64]:
         """int64[I, K]: of all their images."""
         nothing = np.empty((0, len(self.reader.readers)), np.int64)
         return np.concatenate([nothing, *(sample.rows for sample in samples)])
-
-    def _sizes(self, samples: Sequence[Sample]) -> list[Size]:
-        return [size for sample in samples for size in self.sizes_of(sample)]
 
     def _tokenize(self, indices: NDArray[np.int64]) -> tuple[list[TokenizedSample], list[Sample]]:
         tokenized: list[TokenizedSample] = []
@@ -200,7 +192,7 @@ class Loader:
             sample = self.samples[index]
             known = self._tokenized.get(index)
             if known is None:
-                slots = [self.num_slots(size) for size in self.sizes_of(sample)]
+                slots = [self.num_slots(size) for size in self.sizes_of(sample.rows)]
                 try:
                     known = self.encoder.encode(sample.record, slots)
                 except TemplateError as error:

@@ -37,9 +37,9 @@ def model(llm: FrozenLLM) -> AlignModel:
 def batch(store: Store, llm: FrozenLLM) -> Batch:
     samples = build_splits(DataConfig(eval_ratio=0), TemplateConfig(), StoreJoin([store])).train
     encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), llm.image_token_id, 100)
-    return Loader(StoreJoin([store]).reader(), samples, encoder, lambda _: Q, store.sizes).load(
-        np.array([0, 2, 7, 5, 33])
-    )
+    stores = StoreJoin([store])
+    loader = Loader(stores.reader(), samples, encoder, lambda _: Q, stores.sizes_of)
+    return loader.load(np.array([0, 2, 7, 5, 33]))
 
 
 def test_only_the_connector_is_trained(model: AlignModel, batch: Batch) -> None:

@@ -30,8 +30,8 @@ def make_loader(
     store: Store, samples: list[Sample], llm: FrozenLLM, max_length: int = 100
 ) -> Loader:
     encoder = SampleEncoder(llm.tokenizer, TemplateConfig(), llm.image_token_id, max_length)
-    reader = StoreJoin([store]).reader(depth=2)
-    return Loader(reader, samples, encoder, lambda _: Q, store.sizes)
+    stores = StoreJoin([store])
+    return Loader(stores.reader(depth=2), samples, encoder, lambda _: Q, stores.sizes_of)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 40])
