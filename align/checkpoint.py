@@ -1,4 +1,4 @@
-"""What must survive a stop: connector, optimizer, random state, position; all or nothing.
+"""What must survive a stop: connector, optimizer, position; all or nothing.
 
     RUN/checkpoints/step-00000100/
         connector.safetensors    the connector's state_dict, fp32
@@ -11,7 +11,6 @@ called step-* is whole.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import shutil
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from align.errors import CheckpointError
 from featcache.files import sync
 
-FORMAT = 2
+FORMAT = 3
 PREFIX = "step-"
 PARTIAL = ".partial-"
 
@@ -66,7 +65,7 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Writes one checkpoint under `folder`; what was there before stays until it is complete.
 
-    state: JSON-able; "format", "step" and "rng" are added.
+    state: JSON-able; "format" and "step" are added.
 
     Raises CheckpointError where the disk does not take it; earlier checkpoints are untouched.
     """
@@ -77,7 +76,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         save_file(_on_cpu(connector.state_dict()), partial / "connector.safetensors")
         save_file(_moments(connector, optimizer), partial / "optimizer.safetensors")
-        document = {"format": FORMAT, "step": step, **state, "rng": _rng_state()}
+        document = {"format": FORMAT, "step": step, **state}
         (partial / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
         for file in partial.iterdir():
             sync(file)
@@ -199,13 +198,6 @@ def load_optimizer(
         optimizer.state[parameter] = moments
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Puts the random generators where they were when the checkpoint was written."""
-    torch.set_rng_state(_decode(state["rng"]["cpu"]))
-    if torch.cuda.is_available() and state["rng"]["cuda"]:
-        torch.cuda.set_rng_state_all([_decode(text) for text in state["rng"]["cuda"]])
-
-
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -237,16 +229,3 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
     checkpoint.rename(going)
     shutil.rmtree(going)
-
-
-def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": _encode(torch.get_rng_state()), "cuda": [_encode(state) for state in cuda]}
-
-
-def _encode(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

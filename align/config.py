@@ -53,9 +53,22 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the training samples, where `steps` is null."""
     batch_size: int = 32
-    """Samples in one forward pass."""
+    """Samples in one forward pass of one process, at most."""
     grad_accum: int = 1
-    """Forward passes per optimizer step; a step sees batch_size * grad_accum samples."""
+    """Forward passes of each process per optimizer step. A step sees batch_size * grad_accum *
+    processes samples; a resumed run keeps that number, whatever the number of processes then."""
+    batch_tokens: int | None = None
+    """Tokens in one forward pass, padding included, at most: a step is cut into as many passes as
+    that takes, each of samples of like length; null limits their number alone."""
+    length_multiple: int = 1
+    """Sequences are padded to a multiple of so many tokens: compiled code then meets few shapes."""
+    shard_llm: bool = False
+    """Divide the language model's layers among all processes (FSDP2), for one that does not fit a
+    device. Without effect in a single process."""
+    not_finite: str = "stop"
+    """What a step whose loss or gradient is not finite leads to, which never changes a weight:
+    "stop" the run, or "skip" the step and go on until ten come in a row. Its samples are named in
+    not_finite.jsonl."""
     seed: int = 0
     """Of the connector's initial weights, the order of the samples, and dropout."""
     init_from: str | None = None
@@ -112,9 +125,20 @@ class TrainConfig:
             yield f"epochs: must be above 0 and finite, got {self.epochs}"
         if not 0 <= self.seed < 2**63:
             yield f"seed: must be in [0, 2^63), got {self.seed}"
-        for name in ("batch_size", "grad_accum", "log_every", "read_ahead", "read_budget_mb"):
+        for name in (
+            "batch_size",
+            "grad_accum",
+            "length_multiple",
+            "log_every",
+            "read_ahead",
+            "read_budget_mb",
+        ):
             if getattr(self, name) < 1:
                 yield f"{name}: must be at least 1, got {getattr(self, name)}"
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            yield f"batch_tokens: must be at least 1 or null, got {self.batch_tokens}"
+        if self.not_finite not in ("stop", "skip"):
+            yield f'not_finite: must be "stop" or "skip", got {self.not_finite!r}'
         if self.read_threads is not None and self.read_threads < 1:
             yield f"read_threads: must be at least 1 or null, got {self.read_threads}"
         if self.cache_gb is not None and not (self.cache_gb >= 0 and math.isfinite(self.cache_gb)):

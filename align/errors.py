@@ -6,6 +6,7 @@ AlignError
 ├── ModelError         a language model that cannot be loaded or does not fit the connector
 ├── CheckpointError    a checkpoint that is missing, torn, or of another model
 ├── InteropError       weights that another tool wrote, or is to read, and that cannot be taken over
+├── RankError          another process of the same training has ended
 └── RunError           a run directory that cannot be used as asked
 """
 
@@ -34,6 +35,10 @@ class ModelError(AlignError):
 
 class CheckpointError(AlignError):
     """A checkpoint that is missing, torn, or belongs to another model."""
+
+
+class RankError(AlignError):
+    """Another process of the same training has ended."""
 
 
 class RunError(AlignError):

@@ -15,6 +15,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from align.connectors import ConnectorConfig
 from align.connectors.conv import ConvConfig
@@ -83,6 +86,19 @@ LANGUAGE_MODELS = {name.lower(): LanguageModel(name, *sizes) for name, sizes in 
 _VARIANTS = ("-base", "-instruct", "-v1.5")
 
 
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+    "A10G": 70.0,
+}
+"""Of dense bf16 with fp32 sums, by a part of the device's name. Source: NVIDIA's data sheets."""
+
+
 def find_language_model(name: str) -> LanguageModel:
     """A model of `LANGUAGE_MODELS`, also as "Qwen/Qwen3-8B-Base"; else the one whose config.json
     lies in a folder or on the hub.
@@ -109,12 +125,19 @@ def find_language_model(name: str) -> LanguageModel:
         found = AutoConfig.from_pretrained(find_llm(name))
     except (OSError, ValueError) as error:
         raise ModelError(f"--llm {name}: {str(error).splitlines()[0]}") from None
-    config = found.get_text_config()
-    if config.model_type not in GATED_DECODERS:
+    model = language_model_of(found.get_text_config(), name)
+    if model is None:
         raise ModelError(
-            f"--llm {name}: how many operations a {config.model_type!r} model takes is not known; "
+            f"--llm {name}: how many operations a {found.model_type!r} model takes is not known; "
             f"known are dense {', '.join(GATED_DECODERS)} models"
         )
+    return model
+
+
+def language_model_of(config: Any, name: str) -> LanguageModel | None:
+    """The sizes in a text model's config of transformers; None for another architecture."""
+    if config.model_type not in GATED_DECODERS:
+        return None
     heads = config.num_attention_heads
     return LanguageModel(
         name,
@@ -126,6 +149,47 @@ def find_language_model(name: str) -> LanguageModel:
         config.intermediate_size,
         config.vocab_size,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlop:
+    """Operations of a run's training steps. llm: None where it is of an unknown architecture.
+
+    connector: of one image; None where there is no formula for it.
+    """
+
+    llm: LanguageModel | None
+    connector: float | None
+
+    @classmethod
+    def find(
+        cls,
+        llm: LanguageModel | None,
+        connector: ConnectorConfig,
+        towers: Sequence[tuple[int, int]],
+        hidden_size: int,
+    ) -> StepFlop:
+        """towers, hidden_size: as `connector_step_flop` takes them."""
+        try:
+            return cls(llm, connector_step_flop(connector, towers, hidden_size))
+        except ConfigError:
+            return cls(llm, None)
+
+    def of(self, lengths: Sequence[int], supervised: int, images: int) -> int | None:
+        """Of samples of these numbers of tokens, `supervised` of which are learned in all."""
+        if self.llm is None or self.connector is None:
+            return None
+        layers = sum(self.llm.frozen_step_flop(length, 0) for length in lengths)
+        head = self.llm.frozen_step_flop(0, supervised)
+        return round(layers + head + images * self.connector)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Operations a second that a device can do at most in dense bf16; None where not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
 def connector_step_flop(

@@ -63,6 +63,7 @@ class FrozenLLM:
     image_token_id: the token that slots carry.
     hidden_size: H.
     identity: what a checkpoint of a connector remembers of this model, JSON-able.
+    is_sharded: whether its layers are divided among ranks, which then run them together.
     """
 
     model: PreTrainedModel
@@ -70,6 +71,7 @@ class FrozenLLM:
     image_token_id: int
     hidden_size: int
     identity: dict[str, Any]
+    is_sharded: bool = False
 
     @property
     def embedding(self) -> nn.Embedding:

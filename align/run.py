@@ -26,11 +26,15 @@ import featcache
 from align.checkpoint import Checkpoint, find_checkpoint, load_connector
 from align.config import RunConfig, diff_fields, load_config
 from align.connectors import build_connector, check_connector
-from align.data.collate import Loader
+from align.data.batching import BatchLimits
+from align.data.collate import Batch
 from align.data.dataset import DataSplits, Sample, build_splits, shards_of
+from align.data.loader import Loader
 from align.data.sampling import StepSampler, Windows
 from align.data.tokens import SampleEncoder, check_template
+from align.distributed import ALONE, Ranks, shard_layers
 from align.errors import CheckpointError, RunError
+from align.flop import StepFlop, language_model_of
 from align.llm import SHIPPED, load_llm
 from align.vlm import AlignModel
 from featcache.codecs import LayerCodec, describe_codec, load_codec
@@ -64,6 +68,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def not_finite(self) -> Path:
+        """Steps whose loss or gradient was not finite, one JSON object a line."""
+        return self.path / "not_finite.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -94,6 +103,8 @@ class Run:
     path: its folder.
     stores: whose features it reads. layers: the array of each.
     step: optimizer steps that the connector has seen.
+    step_size: samples of each, over all ranks.
+    ranks: the processes that train it together.
     """
 
     path: Path
@@ -103,11 +114,14 @@ class Run:
     splits: DataSplits
     model: AlignModel
     encoder: SampleEncoder
+    step_size: int
+    ranks: Ranks = ALONE
     step: int = 0
     checkpoint: Checkpoint | None = None
     _loaders: dict[str, Loader] = field(default_factory=dict, repr=False)
     _reader: JoinReader | None = field(default=None, repr=False)
     _data: dict[str, Any] | None = field(default=None, repr=False)
+    _flop: StepFlop | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> RunFolder:
@@ -180,9 +194,26 @@ class Run:
         if train.shuffle_window:
             shards = shards_of(samples, self.store.info.shard_images)
             windows = Windows(shards, train.shuffle_window)
-        return StepSampler(
-            len(samples), train.batch_size, train.grad_accum, train.seed, windows=windows
-        )
+        return StepSampler(len(samples), self.step_size, train.seed, windows)
+
+    @property
+    def limits(self) -> BatchLimits:
+        """What one forward pass may hold."""
+        train = self.config.train
+        return BatchLimits(train.batch_size, train.batch_tokens, train.length_multiple)
+
+    def flop(self, batch: Batch) -> int | None:
+        """Operations that a training step over a batch needs (align/flop.py); None where those of
+        its language model or connector are not known."""
+        if self._flop is None:
+            llm = self.model.llm
+            self._flop = StepFlop.find(
+                language_model_of(llm.model.config, self.config.llm.name),
+                self.config.connector,
+                self.model.connector.towers,
+                llm.hidden_size,
+            )
+        return self._flop.of(batch.lengths, batch.num_supervised, len(batch.keys))
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run remembers besides weights, JSON-able.
@@ -253,10 +284,12 @@ class Speaker:
     voices: tuple[Voice, ...]
 
 
-def assemble(config: RunConfig, features: Sequence[StorePath | str], path: Path) -> Run:
+def assemble(
+    config: RunConfig, features: Sequence[StorePath | str], path: Path, ranks: Ranks = ALONE
+) -> Run:
     """Opens the stores, loads the language model, joins the data, builds an untrained connector.
 
-    features: as many stores as the connector takes.
+    features: as many stores as the connector takes. ranks: the processes that do this together.
 
     Raises the errors of each part: StoreError, ModelError, DataError, ConfigError.
     """
@@ -278,7 +311,7 @@ def assemble(config: RunConfig, features: Sequence[StorePath | str], path: Path)
     # Before the language model is loaded, which may take minutes.
     check_connector(config.connector, towers, config.layout)
     padded = are_padded(config, [store.fingerprint for store in opened])
-    model, encoder = _build(config, towers, padded)
+    model, encoder = _build(config, towers, padded, ranks)
     return Run(
         path=path,
         config=config,
@@ -287,6 +320,8 @@ def assemble(config: RunConfig, features: Sequence[StorePath | str], path: Path)
         splits=build_splits(config.data, config.template, stores),
         model=model,
         encoder=encoder,
+        step_size=config.train.batch_size * config.train.grad_accum * ranks.count,
+        ranks=ranks,
     )
 
 
@@ -294,6 +329,7 @@ def _build(
     config: RunConfig,
     towers: Sequence[tuple[int, int]],
     padded: bool,
+    ranks: Ranks = ALONE,
     *,
     as_stored: bool = False,
 ) -> tuple[AlignModel, SampleEncoder]:
@@ -304,7 +340,13 @@ def _build(
     device = torch.device("cpu") if as_stored else resolve_device(config.train.device)
     bf16 = not as_stored and _is_bf16(config, device)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    llm = load_llm(config.llm, device, None if as_stored else dtype)
+    shards = config.train.shard_llm and ranks.count > 1
+    place = torch.device("cpu") if shards else device  # whole, it may not fit the device
+    llm = load_llm(config.llm, place, None if as_stored else dtype)
+    if shards:
+        shard_layers(llm.backbone, device)
+        llm.model.get_output_embeddings().to(device)
+        llm.is_sharded = True
     check_template(llm.tokenizer, config.template)
     torch.manual_seed(config.train.seed)
     connector = build_connector(

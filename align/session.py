@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +19,16 @@ from align.checkpoint import (
     load_optimizer,
     prune,
     remove_partial,
-    restore_rng,
     save_checkpoint,
 )
 from align.config import RunConfig, config_dict, diff_fields, load_config, save_config
-from align.data.collate import Batch, Loader
+from align.data.collate import Batch
 from align.data.dataset import LeftOutRecord, with_sources
+from align.data.loader import Loader
 from align.data.sampling import StepSampler
+from align.distributed import ALONE, Ranks
 from align.errors import AlignError, CheckpointError, DataError, RunError
+from align.flop import peak_flops
 from align.init_from import initialise
 from align.optim import build_optimizer
 from align.run import Run, RunFolder, absolute, absolute_paths, assemble, restore, versions
@@ -45,12 +47,14 @@ from featcache.files import publish
 from featcache.object_path import StorePath
 
 E = TypeVar("E", bound=Event)
+T = TypeVar("T")
 
 FREE_TO_CHANGE = (
     "data.files",
     "data.images",
     "data.max_missing",
     "eval",
+    "train.batch_tokens",
     "train.device",
     "train.cache_dir",
     "train.cache_gb",
@@ -58,7 +62,9 @@ FREE_TO_CHANGE = (
     "train.eval_samples",
     "train.keep_best",
     "train.keep_checkpoints",
+    "train.length_multiple",
     "train.log_every",
+    "train.not_finite",
     "train.precision",
     "train.read_ahead",
     "train.read_budget_mb",
@@ -67,11 +73,16 @@ FREE_TO_CHANGE = (
     "train.sample_every",
     "train.samples",
     "train.save_every",
+    "train.shard_llm",
     "train.verify_features",
 )
 """Settings, or whole sections, that may differ when a run is resumed: they decide what is told or
-refused, not what is learned. `train.precision` may be named where it was "auto", and the data may
-have moved: what they come to, precision and records, is compared."""
+refused, or how the samples of a step are cut into passes, not what is learned. `train.precision`
+may be named where it was "auto", and the data may have moved: what they come to, precision and
+records, is compared."""
+
+NOT_FINITE_IN_A_ROW = 10
+"""Steps without a finite gradient after which `train.not_finite=skip` stops as well."""
 
 LEFT_OUT_FILE = "left_out.jsonl"
 """In the run's folder: the records that are not used, one `LeftOutRecord` a line."""
@@ -84,6 +95,7 @@ class Session:
     loss, eval_loss: the newest known; eval_step: the step that eval_loss was measured at.
     init_from: what the connector's first weights were; None for random ones.
     unchecked: (step, [loss, gradient norm]) not yet looked at.
+    not_finite: steps in a row whose loss or gradient was not finite, up to the last one looked at.
     """
 
     run: Run
@@ -98,10 +110,24 @@ class Session:
     eval_step: int | None = None
     init_from: dict[str, Any] | None = None
     unchecked: list[tuple[int, Tensor]] = field(default_factory=list)
+    not_finite: int = 0
     skipped_told: int = 0
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together. Each has a session; the main one's tells and saves."""
+        return self.run.ranks
+
+    def batches(self) -> Generator[tuple[Batch, bool], None, None]:
+        """This rank's batches of the steps that are left, see `Loader.stream_steps`."""
+        run, ranks = self.run, self.ranks
+        steps = self.sampler.steps(run.step, self.total_steps)
+        return self.loader.stream_steps(steps, run.limits, ranks.index, ranks.count)
 
     def tell(self, event: E) -> E:
         """Passes an event on, and into metrics.jsonl where it belongs there."""
+        if not self.ranks.is_main:
+            return event
         if isinstance(event, LOGGED):
             self.log.append(event)
         if self.on_event is not None:
@@ -116,20 +142,26 @@ class Session:
         """Remembers a step's loss and norm on the device: asking for them would wait for it."""
         self.unchecked.append((self.run.step, torch.stack([loss, grad_norm])))
 
-    def check_finite(self) -> tuple[float, float]:
-        """Loss and gradient norm of the newest step.
+    def check_finite(self) -> tuple[float, float] | None:
+        """Loss and gradient norm of the newest step of which they are finite; None where those of
+        all steps since the last check are not.
 
-        Raises AlignError where a step since the last check was not finite; no checkpoint was
-        written since.
+        Raises AlignError where a step was not finite and `train.not_finite` is "stop", or where
+        that was so of `NOT_FINITE_IN_A_ROW` steps. No such step has changed a weight.
         """
         steps = [step for step, _ in self.unchecked]
         values = torch.stack([value for _, value in self.unchecked]).tolist()
         self.unchecked.clear()
+        newest: tuple[float, float] | None = None
         for step, (loss, norm) in zip(steps, values, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._stop_not_finite(step, loss, norm)
-        self.loss = values[-1][0]
-        return values[-1][0], values[-1][1]
+            if math.isfinite(loss) and math.isfinite(norm):
+                newest, self.not_finite = (loss, norm), 0
+            else:
+                self.not_finite += 1
+                self._not_finite(step, loss, norm)
+        if newest is not None:
+            self.loss = newest[0]
+        return newest
 
     def require_usable(self) -> None:
         """For a step of which no sample can be used: it changes nothing, and the next one goes on.
@@ -149,14 +181,16 @@ class Session:
             self.tell(NoticeEvent(f"skipped so far: {self.loader.skipped}"))
 
     def save(self) -> None:
-        """A checkpoint of the steps done so far; never of weights that may not be finite."""
+        """A checkpoint of the steps done so far, once these are known to be finite."""
         if self.unchecked:
             self.check_finite()
+        if not self.ranks.is_main:
+            return
         state = {
             **self.run.identity(),
             "config": config_dict(self.run.config),
             "total_steps": self.total_steps,
-            "samples_seen": self.run.step * self.sampler.step_size,
+            "step_size": self.sampler.step_size,
             "loss": self.loss,
             "eval_loss": self.eval_loss,
             "eval_step": self.eval_step,
@@ -170,29 +204,44 @@ class Session:
         prune(folder, train.keep_checkpoints, train.keep_best)
         self.tell(CheckpointEvent(self.run.step, saved.path))
 
-    def finish(self) -> None:
-        """Marks the run as done."""
+    def finish(self, status: str = "finished") -> None:
+        """Notes in run.json how the run ended: "finished" or "stopped"."""
         folder = self.run.folder
-        folder.write_info({**folder.read_info(), "status": "finished", "step": self.run.step})
+        if self.ranks.is_main:
+            folder.write_info({**folder.read_info(), "status": status, "step": self.run.step})
 
-    def _stop_not_finite(self, step: int, loss: float, norm: float) -> None:
+    def _not_finite(self, step: int, loss: float, norm: float) -> None:
+        """Names a step's samples in not_finite.jsonl; raises AlignError where it ends the run."""
         samples = self.run.splits.train
         ids = [samples[i].record.id for i in self.sampler.step(step).tolist()]
         images = self._not_finite_images(step)
-        file = self.run.path / "not_finite.json"
         named = sorted({key for keys in images.values() for key in keys})
-        document = {"step": step + 1, "ids": ids, "images": named}
-        file.write_text(json.dumps(document, indent=1), encoding="utf-8")
-        head = f"step {step + 1}: loss {loss}, gradient norm {norm} are not finite"
+        document = {
+            "step": step + 1,
+            "loss": str(loss),
+            "grad_norm": str(norm),
+            "ids": ids,
+            "images": named,
+        }
+        file = self.run.folder.not_finite
+        if self.ranks.is_main:
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(document) + "\n")
+        what = f"step {step + 1}: loss {loss}, gradient norm {norm} are not finite"
+        in_a_row = self.not_finite >= NOT_FINITE_IN_A_ROW
+        if self.run.config.train.not_finite == "skip" and not in_a_row:
+            cause = f", as the features of {_first(named)} are not" * bool(named)
+            self.tell(NoticeEvent(f"{what}{cause}; skipped, its samples are in {file}"))
+            return
         if images:
             store, keys = next(iter(images.items()))
             raise DataError(
-                f"{head}, as the features of {_first(keys)} in {store} are not (all in {file}); "
+                f"{what}, as the features of {_first(keys)} in {store} are not (all in {file}); "
                 f"the store is damaged: run `featcache verify {store} --repair`, then --resume"
             )
         raise AlignError(
-            f"{head}; its samples are {_first(ids)} (all in {file}); start again with a lower "
-            "optim.lr in another --out"
+            f"{what}{f', nor were the {self.not_finite - 1} before' * in_a_row}; its samples are "
+            f"{_first(ids)} (all in {file}); start again with a lower optim.lr in another --out"
         )
 
     def _not_finite_images(self, step: int) -> dict[str, list[str]]:
@@ -223,8 +272,9 @@ def start_session(
     out: Path,
     resume: bool,
     on_event: OnEvent | None,
+    ranks: Ranks = ALONE,
 ) -> Session:
-    """Everything before the first step: folder, parts, position.
+    """Everything before the first step: folder, parts, position. Of several ranks, each calls this.
 
     Raises as `align.trainer.train` says.
     """
@@ -242,7 +292,10 @@ def start_session(
             data, files=data.files or before.data.files, images=data.images or before.data.images
         )
         config = replace(config, data=data)
-    run = assemble(config, features, out)
+    run = assemble(config, features, out, ranks)
+    if found:
+        # Whatever the number of ranks was then and is now.
+        run.step_size = find_checkpoint(folder.checkpoints).state()["step_size"]
     run.config = config = replace(config, data=with_sources(config.data, run.store))
     optimizer = build_optimizer(config.optim, run.model.connector)
     loader = run.loader("train")
@@ -258,17 +311,17 @@ def start_session(
     )
     splits = run.splits
     if found:
-        remove_partial(folder.checkpoints)
         checkpoint = find_checkpoint(folder.checkpoints)
         state = restore(run, checkpoint)
         _check_same_learning(state, run)
         load_optimizer(checkpoint, run.model.connector, optimizer)
-        restore_rng(state)
         session.loss = state["loss"]
         session.eval_loss, session.eval_step = state["eval_loss"], state["eval_step"]
-        session.init_from = state.get("init_from")
-        session.log.drop_after(run.step)
-        if before.data != config.data:
+        session.init_from = state["init_from"]
+        if ranks.is_main:
+            remove_partial(folder.checkpoints)
+            session.log.drop_after(run.step)
+        if ranks.is_main and before.data != config.data:
             # Its evaluations look where the run looks, and may do without what it does without.
             save_config(replace(before, data=config.data), folder.config)
         session.tell(NoticeEvent(f"resuming at step {run.step:,} of {total_steps:,}"))
@@ -281,20 +334,12 @@ def start_session(
             start = initialise(model.connector, model.llm.hidden_size, Path(train.init_from))
             session.init_from = start.describe()
             session.tell(NoticeEvent(f"the connector starts from {start.file}"))
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            remove_partial(folder.checkpoints)
-            if folder.config.exists() and not folder.info.exists():
-                # Not of a run, so it may be a recipe that somebody wrote by hand.
-                folder.config.replace(out / "config.before.yaml")
-            save_config(config, folder.config)
-            folder.metrics.write_text("")
-        except OSError as error:
-            raise RunError(
-                f"{out}: cannot be written: {error.strerror}; give another --out"
-            ) from error
-    folder.write_info(_info(session, features))
-    _write_left_out(out / LEFT_OUT_FILE, splits.left_out_records)
+        if ranks.is_main:
+            _begin_folder(folder, config)
+        ranks.copy_from_main([p.data for p in run.model.connector.parameters()])
+    if ranks.is_main:
+        folder.write_info(_info(session, features))
+        _write_left_out(out / LEFT_OUT_FILE, splits.left_out_records)
     reader = run.reader
     for each in reader.readers:
         session.tell(NoticeEvent(f"features are read {each.mode.why}; {each.threads} threads"))
@@ -324,6 +369,22 @@ def start_session(
             )
         )
     return session
+
+
+def _begin_folder(folder: RunFolder, config: RunConfig) -> None:
+    """Raises RunError where it cannot be written."""
+    out = folder.path
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder.checkpoints)
+        if folder.config.exists() and not folder.info.exists():
+            # Not of a run, so it may be a recipe that somebody wrote by hand.
+            folder.config.replace(out / "config.before.yaml")
+        save_config(config, folder.config)
+        folder.metrics.write_text("")
+        folder.not_finite.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written: {error.strerror}; give another --out") from error
 
 
 def _info(session: Session, features: Sequence[StorePath | str]) -> dict[str, object]:
@@ -374,16 +435,21 @@ def _first(names: Sequence[str]) -> str:
     return f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
 
 
-def _is_free_to_change(setting: str) -> bool:
-    """setting: a dotted path."""
-    return any(setting == free or setting.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+def _is_free_to_change(setting: str, free: Sequence[str]) -> bool:
+    """setting: a dotted path. free: settings, or whole sections."""
+    return any(setting == each or setting.startswith(f"{each}.") for each in free)
 
 
 def _check_same_config(before: RunConfig, now: RunConfig, out: Path) -> None:
+    free: tuple[str, ...] = FREE_TO_CHANGE
+    if before.train.batch_size * before.train.grad_accum == (
+        now.train.batch_size * now.train.grad_accum
+    ):
+        free = (*free, "train.batch_size", "train.grad_accum")
     changed = [
         line
         for line in diff_fields(config_dict(before), config_dict(now))
-        if not _is_free_to_change(line.split(":")[0])
+        if not _is_free_to_change(line.split(":")[0], free)
     ]
     if changed:
         raise RunError(
@@ -431,24 +497,52 @@ def _check_same_learning(state: dict[str, Any], run: Run) -> None:
 
 
 @dataclass(slots=True)
+class Work:
+    """What a step has done. supervised, tokens, samples: of its batches, tokens with padding.
+
+    flop: operations that they needed, 0 where not known.
+    stops: ranks that were asked to stop meanwhile.
+    """
+
+    supervised: int = 0
+    samples: int = 0
+    tokens: int = 0
+    flop: int = 0
+    stops: int = 0
+
+    def add(self, batch: Batch, flop: int | None) -> None:
+        self.supervised += batch.num_supervised
+        self.samples += len(batch.ids)
+        self.tokens += batch.input_ids.numel()
+        self.flop += flop or 0
+
+    def sum(self, ranks: Ranks) -> Work:
+        """Of all ranks."""
+        return Work(*ranks.sum_counts(*astuple(self)))
+
+
+@dataclass(slots=True)
 class Meter:
-    """Time, waiting and samples between two log lines, without what is `paused`. Seconds."""
+    """Time, waiting and work between two log lines, without what is `paused`. Seconds."""
 
     since: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     excluded: float = 0.0
     samples: int = 0
     tokens: int = 0
+    flop: int = 0
 
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+    def wait_for(self, batches: Iterator[T]) -> T:
         started = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - started
         return batch
 
-    def count(self, batch: Batch) -> None:
-        self.samples += len(batch.ids)
-        self.tokens += batch.input_ids.numel()
+    def count(self, work: Work) -> None:
+        """A step's, of all ranks."""
+        self.samples += work.samples
+        self.tokens += work.tokens
+        self.flop += work.flop
 
     def paused(self) -> _Pause:
         return _Pause(self)
@@ -460,6 +554,8 @@ class Meter:
         seconds = time.perf_counter() - self.since - self.excluded
         device = session.run.model.device
         cuda = device.type == "cuda"
+        flop_per_s = self.flop / seconds / session.ranks.count or None
+        peak = peak_flops(device)
         event = StepEvent(
             step=session.run.step,
             total_steps=session.total_steps,
@@ -471,9 +567,11 @@ class Meter:
             tokens_per_s=self.tokens / seconds,
             data_wait_ratio=self.waited / seconds,
             memory_bytes=torch.cuda.max_memory_allocated(device) if cuda else 0,
+            flop_per_s=flop_per_s,
+            mfu=flop_per_s / peak if flop_per_s and peak else None,
         )
         self.since, self.waited, self.excluded = time.perf_counter(), 0.0, 0.0
-        self.samples = self.tokens = 0
+        self.samples = self.tokens = self.flop = 0
         return event
 
 

@@ -23,6 +23,9 @@ class StepEvent:
     (share of the time spent waiting for features): over the steps since the last line, without
     evaluations, sample captions and checkpoints.
     memory_bytes: peak on the device, 0 on the CPU.
+    flop_per_s: operations a second and process that the model needed (align/flop.py), None for a
+    model whose operations are not known. mfu: these over the device's peak in dense bf16, None
+    where that is not known.
     """
 
     kind: ClassVar[str] = "train"
@@ -36,6 +39,8 @@ class StepEvent:
     tokens_per_s: float
     data_wait_ratio: float
     memory_bytes: int
+    flop_per_s: float | None = None
+    mfu: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

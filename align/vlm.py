@@ -66,6 +66,19 @@ class AlignModel(nn.Module):
             loss = linear_cross_entropy(hidden, self.llm.head, batch.targets)
         return loss, batch.num_supervised
 
+    def idle(self) -> None:
+        """A pass of one token of which nothing is learned.
+
+        Of a language model that is sharded over ranks, each pass takes all of them.
+        """
+        embeds = torch.zeros(
+            1, 1, self.llm.hidden_size, dtype=self.llm.head.dtype, device=self.device
+        ).requires_grad_(torch.is_grad_enabled())
+        with self.precision():
+            hidden = self.llm.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        if torch.is_grad_enabled():
+            hidden.sum().backward()
+
     def supervised_hidden(self, batch: Batch) -> Tensor:
         """float[N, H]: what the output layer makes the supervised tokens' logits of."""
         with self.precision():

@@ -108,6 +108,8 @@ class TrainDisplay:
                     "samples/s": f"{event.samples_per_s:,.0f}",
                     "waiting for data": f"{event.data_wait_ratio:.0%}",
                 }
+                if event.mfu is not None:
+                    shown["MFU"] = f"{event.mfu:.0%}"
                 self._bar.update(event.step, **shown)
             case tracking.EvalEvent():
                 console.say(f"step {event.step:,}: held-out loss {event.loss:.4f}")

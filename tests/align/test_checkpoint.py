@@ -17,7 +17,6 @@ from align.checkpoint import (
     load_optimizer,
     prune,
     remove_partial,
-    restore_rng,
     save_checkpoint,
 )
 from align.connectors.resampler import ResamplerConfig
@@ -43,15 +42,12 @@ def trained() -> tuple[nn.Module, torch.optim.AdamW]:
 def test_everything_comes_back(tmp_path: Path) -> None:
     connector, optimizer = trained()
     saved = save_checkpoint(tmp_path, 2, connector, optimizer, {"eval_loss": 1.5})
-    expected = torch.rand(3)
 
     other = make()
     fresh = build_optimizer(OptimConfig(), other)
     load_connector(saved, other)
     load_optimizer(saved, other, fresh)
     state = find_checkpoint(tmp_path).state()
-    restore_rng(state)
-    assert torch.equal(torch.rand(3), expected)
     assert (state["step"], state["eval_loss"]) == (2, 1.5)
     for a, b in zip(connector.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -189,7 +185,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         load_connector(saved, make())
     state = saved.path / "state.json"
     state.write_text(json.dumps({"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads 3"):
         saved.state()
     state.write_text("{")
     with pytest.raises(

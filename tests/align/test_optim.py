@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from math import inf, nan
 
 import pytest
 import torch
@@ -49,12 +50,31 @@ def test_update_divides_clips_and_clears() -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([{"params": [weight], "lr_ratio": 1.0}], lr=1.0)
     weight.grad = torch.tensor([30.0, 40.0])
-    assert float(update(optimizer, lr=1.0, tokens=5, clip=1.0)) == pytest.approx(10.0)
+    loss = torch.tensor(3.0)
+    norm = update(optimizer, lr=1.0, tokens=5, clip=1.0, loss=loss)
+    assert float(norm) == pytest.approx(10.0)
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
     assert weight.grad is None
     weight.grad = torch.tensor([30.0, 40.0])
-    update(optimizer, lr=0.0, tokens=5, clip=0.0)
+    update(optimizer, lr=0.0, tokens=5, clip=0.0, loss=loss)
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
+
+
+@pytest.mark.parametrize(("grad", "loss"), [(nan, 1.0), (inf, 1.0), (2.0, nan), (2.0, inf)])
+def test_what_is_not_finite_changes_neither_weights_nor_moments(grad: float, loss: float) -> None:
+    linear = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(OptimConfig(), linear)
+
+    def step(grad: float, loss: float) -> list[torch.Tensor]:
+        for parameter in linear.parameters():
+            parameter.grad = torch.full_like(parameter, grad)
+        update(optimizer, lr=0.1, tokens=5, clip=1.0, loss=torch.tensor(loss))
+        moments = [value for p in linear.parameters() for value in optimizer.state[p].values()]
+        return [each.detach().clone() for each in (*linear.parameters(), *moments)]
+
+    before = step(2.0, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, step(grad, loss), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, step(2.0, 1.0), strict=True))
 
 
 def test_a_warm_up_over_the_whole_run_rises_to_its_end() -> None:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from align.config import EvalConfig
 from align.connectors import build_connector
 from align.connectors.resampler import ResamplerConfig
-from align.data.collate import Batch, Loader
+from align.data.collate import Batch
 from align.data.dataset import DataConfig, build_splits
+from align.data.loader import Loader
 from align.data.templates import TemplateConfig
 from align.data.tokens import IGNORE, SampleEncoder
 from align.errors import DataError
@@ -112,6 +113,7 @@ def test_padding_changes_nothing(model: AlignModel, batch: Batch, store: Store) 
         targets=batch.targets,
         ids=batch.ids,
         keys=batch.keys,
+        lengths=batch.lengths,
     )
     torch.testing.assert_close(model(padded)[0], model(batch)[0], rtol=1e-6, atol=0)
 

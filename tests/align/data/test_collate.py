@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from align.data.collate import Loader, collate
+from align.data.collate import collate
 from align.data.dataset import DataConfig, Sample, build_splits
+from align.data.loader import Loader
 from align.data.sampling import in_order
 from align.data.templates import TemplateConfig
 from align.data.tokens import IGNORE, SampleEncoder

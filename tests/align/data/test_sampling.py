@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,33 +12,26 @@ from align.data.sampling import StepSampler, Windows, epoch_order, in_order
 from featcache.manifests import Record
 
 
-@pytest.mark.parametrize(("n", "batch", "accum"), [(10, 3, 1), (10, 2, 2), (7, 7, 1), (3, 4, 2)])
-def test_each_epoch_sees_every_sample_once(n: int, batch: int, accum: int) -> None:
-    sampler = StepSampler(n, batch, accum, seed=1)
+@pytest.mark.parametrize(("n", "size"), [(10, 3), (10, 4), (7, 7), (3, 8)])
+def test_each_epoch_sees_every_sample_once(n: int, size: int) -> None:
+    sampler = StepSampler(n, size, seed=1)
     steps = 5 * n
-    order = np.concatenate(list(sampler.batches(0, steps)))
-    assert len(order) == steps * batch * accum
+    order = np.concatenate(list(sampler.steps(0, steps)))
+    assert len(order) == steps * size
     for epoch in range(len(order) // n):
         assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
 def test_epochs_and_seeds_differ() -> None:
-    first, second = StepSampler(50, 50, 1, 0).step(0), StepSampler(50, 50, 1, 0).step(1)
+    first, second = StepSampler(50, 50, 0).step(0), StepSampler(50, 50, 0).step(1)
     assert not np.array_equal(first, second)
-    assert not np.array_equal(first, StepSampler(50, 50, 1, 1).step(0))
+    assert not np.array_equal(first, StepSampler(50, 50, 1).step(0))
 
 
 def test_any_step_is_the_same_however_it_is_reached() -> None:
-    walked = list(StepSampler(10, 3, 2, seed=3).batches(0, 40))
-    resumed = list(StepSampler(10, 3, 2, seed=3).batches(17, 40))
-    assert all(np.array_equal(a, b) for a, b in zip(walked[34:], resumed, strict=True))
-
-
-def test_division_into_batches_and_ranks_keeps_the_steps_samples() -> None:
-    whole = StepSampler(100, 8, 1, seed=0).step(5)
-    assert sorted(np.concatenate(StepSampler(100, 2, 4, seed=0).micro_batches(5))) == sorted(whole)
-    ranks = [StepSampler(100, 2, 2, seed=0, rank=r, world=2).micro_batches(5) for r in range(2)]
-    assert sorted(np.concatenate([b for rank in ranks for b in rank])) == sorted(whole)
+    walked = list(StepSampler(10, 6, seed=3).steps(0, 40))
+    resumed = list(StepSampler(10, 6, seed=3).steps(17, 40))
+    assert all(np.array_equal(a, b) for a, b in zip(walked[17:], resumed, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +39,7 @@ def test_division_into_batches_and_ranks_keeps_the_steps_samples() -> None:
     [(558_128, 256, 1, 2181), (4900, 16, 3, 919), (10, 3, 0.5, 2), (1, 512, 1, 1)],
 )
 def test_steps_in_epochs(n: int, size: int, epochs: float, steps: int) -> None:
-    assert StepSampler(n, size, 1, 0).steps_in(epochs) == steps
+    assert StepSampler(n, size, 0).steps_in(epochs) == steps
 
 
 def test_in_order_covers_all_with_a_short_last_batch() -> None:
@@ -52,11 +47,18 @@ def test_in_order_covers_all_with_a_short_last_batch() -> None:
     assert list(in_order(0, 2)) == []
 
 
-def windowed(n: int, shard: int, size: int, seed: int = 0, **changes: int) -> StepSampler:
+@pytest.mark.parametrize(("n", "ranks"), [(5, 2), (3, 4), (12, 3), (0, 2)])
+def test_ranks_share_what_is_in_order_and_have_equally_many(n: int, ranks: int) -> None:
+    shares = [list(in_order(n, 2, rank, ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    together = [batch for turn in zip(*shares, strict=True) for batch in turn]
+    assert np.concatenate([*together, np.empty(0)]).tolist() == list(range(n))
+
+
+def windowed(n: int, shard: int, size: int, seed: int = 0, **changes: Any) -> StepSampler:
     """Samples in the order of the store, all shards but the last full."""
     windows = Windows((np.arange(n) // shard).astype(np.int32), size)
-    settings = {"batch_size": 4, "grad_accum": 1, **changes}
-    return StepSampler(n, seed=seed, windows=windows, **settings)
+    return StepSampler(n, **{"step_size": 4, "seed": seed, "windows": windows, **changes})
 
 
 SIZES = [(100, 8, 3), (96, 8, 4), (7, 2, 1), (10, 3, 99), (1, 1, 1)]
@@ -67,35 +69,23 @@ def test_the_global_order_is_that_of_earlier_versions() -> None:
     for n, seed, epoch in [(1, 0, 0), (1000, 0, 0), (4321, 7, 3)]:
         before = np.random.default_rng([seed, epoch]).permutation(n)
         np.testing.assert_array_equal(epoch_order(n, seed, epoch), before)
-    first = StepSampler(10, 5, 1, seed=3).step(0)
+    first = StepSampler(10, 5, seed=3).step(0)
     assert (first.tolist(), first.dtype) == ([9, 6, 0, 2, 1], np.dtype(np.int64))
 
 
 @pytest.mark.parametrize(("n", "shard", "size"), SIZES)
 def test_windows_see_every_sample_once_an_epoch(n: int, shard: int, size: int) -> None:
-    order = np.concatenate(list(windowed(n, shard, size).batches(0, n)))
+    order = np.concatenate(list(windowed(n, shard, size).steps(0, n)))
     for epoch in range(4):
         assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
 @pytest.mark.parametrize(("n", "shard", "size"), SIZES)
 def test_windows_are_the_same_however_a_step_is_reached(n: int, shard: int, size: int) -> None:
-    walked = list(windowed(n, shard, size).batches(0, n))
+    walked = list(windowed(n, shard, size).steps(0, n))
     for start in {0, n // 3, n - 1}:
-        resumed = list(windowed(n, shard, size).batches(start, n))
+        resumed = list(windowed(n, shard, size).steps(start, n))
         np.testing.assert_array_equal(walked[start:], resumed)
-
-
-def test_windows_keep_a_steps_samples_however_it_is_divided() -> None:
-    whole = [windowed(100, 8, 3, batch_size=8).step(s) for s in range(30)]
-    accumulated = [windowed(100, 8, 3, batch_size=2, grad_accum=4).step(s) for s in range(30)]
-    np.testing.assert_array_equal(whole, accumulated)
-    for step in range(30):
-        ranks = [
-            windowed(100, 8, 3, batch_size=2, grad_accum=2, rank=rank, world=2).micro_batches(step)
-            for rank in range(2)
-        ]
-        assert sorted(np.concatenate([b for rank in ranks for b in rank])) == sorted(whole[step])
 
 
 def windows_of(sampler: StepSampler, epoch: int, shard: int, size: int) -> list[frozenset[int]]:

@@ -1,0 +1,188 @@
+"""One training on several processes: each takes a share of every step's samples.
+
+    one GPU      align train --features STORE ...
+    eight        torchrun --nproc-per-node 8 -m cli.align train --features STORE ...
+    more         torchrun --nnodes N ... on each machine, or srun (MASTER_ADDR and MASTER_PORT set)
+
+The connector is the same in all ranks and small, so data parallelism is one all-reduce of its
+summed gradients at a step's end. It has no overlap with the backward pass to lose: gradients of the
+connector are the last thing that one computes. What DDP would add, hooks and buckets and equal
+numbers of forward passes, is not needed (docs/decisions.md).
+
+A language model that does not fit one device is sharded over all ranks by FSDP2, layer by layer
+(`shard_layers`): each layer is gathered when it is used. Then ranks run in step, so one without
+samples runs an empty pass (`AlignModel.idle`).
+
+Each rank's counts go through gloo on the CPU, every step: that is how all learn of a signal at the
+same step, and at once of a rank that died, while no device is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from align.errors import RankError
+from featcache.errors import ConfigError
+from featcache.executors.ranks import rank_from
+
+TIMEOUT = timedelta(minutes=30)
+"""For another rank to arrive; rank 0 may write a checkpoint to a slow disk meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The processes of one training. index: this one's place among `count`. local: on its machine.
+
+    Of one process all methods return at once.
+    """
+
+    index: int = 0
+    count: int = 1
+    local: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes the run's folder and tells the user."""
+        return self.index == 0
+
+    def sum_counts(self, *counts: int) -> list[int]:
+        """Each count summed over all ranks, through the CPU.
+
+        Raises RankError where another rank has ended.
+        """
+        if self.count == 1:
+            return list(counts)
+        total = torch.tensor(counts)
+        self._all_reduce([total])
+        return [int(each) for each in total]
+
+    def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Sums each over all ranks, in place.
+
+        Raises RankError where another rank has ended.
+        """
+        if self.count > 1:
+            self._all_reduce(tensors)
+
+    def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrites each with what rank 0 has.
+
+        Raises RankError where another rank has ended.
+        """
+        if self.count > 1:
+            with _reported():
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0)
+
+    def wait(self) -> None:
+        """Until all ranks are here.
+
+        Raises RankError where another rank has ended.
+        """
+        self.sum_counts(0)
+
+    def _all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        with _reported():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun or srun started, joined while inside; `ALONE` without a launcher.
+
+    Inside a process group of the caller's own, that one is used and left as it is.
+
+    device: what the run computes on; each rank of a machine takes the GPU of its own number.
+
+    Raises ConfigError where there are more ranks on a machine than GPUs, or where they cannot find
+    one another.
+    """
+    if dist.is_initialized():
+        local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local)
+        return
+    rank = rank_from(os.environ)
+    if rank is None:
+        yield ALONE
+        return
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        if rank.local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"{rank}: this machine has {torch.cuda.device_count()} GPUs for {rank.local_world} "
+                "ranks; start one for each GPU"
+            )
+        torch.cuda.set_device(rank.local)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(
+                f"{rank}: {name} is not set, so the ranks cannot find one another; export the "
+                "first machine's address and a free port, or start with torchrun"
+            )
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        rank=rank.index,
+        world_size=rank.world,
+        timeout=TIMEOUT,
+        device_id=torch.device("cuda", rank.local) if on_cuda else None,
+    )
+    try:
+        yield Ranks(rank.index, rank.world, rank.local)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard_layers(backbone: nn.Module, device: torch.device) -> None:
+    """Divides the parameters of a backbone's layers among all ranks with FSDP2; each layer is
+    gathered when it is used, forward and backward, and the next one meanwhile.
+
+    backbone: a frozen model of transformers with `layers`, wherever its weights are.
+    device: where the shards go, and what is not sharded: embedding and last norm.
+
+    Raises ConfigError for a model without `layers`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(
+            f"train.shard_llm=true: a {type(backbone).__name__} has no list of layers to divide"
+        )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    inside = {id(parameter) for parameter in layers.parameters()}
+    outside = {each for each in backbone.parameters() if id(each) not in inside}
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    # The root, whose forward pass starts what is gathered ahead. The embedding is looked up before
+    # it, and may be the output layer as well, so neither is its to gather.
+    fully_shard(backbone, mesh=mesh, ignored_params=outside)
+    for parameter in outside:
+        parameter.data = parameter.data.to(device)
+    for buffers in (module._buffers for module in backbone.modules()):
+        for name, buffer in buffers.items():
+            buffers[name] = None if buffer is None else buffer.to(device)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """What a collective raises when another process is gone, as one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        raise RankError(
+            f"another rank of this training has ended; its own message says why ({why[:200]})"
+        ) from error
