@@ -26,6 +26,7 @@ from align.run import load_run
 from align.trainer import train
 from featcache.codecs import CODECS
 from featcache.extract import ExtractOptions, extract
+from featcache.join import StoreJoin
 
 BASELINE = "fp16"
 METRICS = {"loss": "nats per token", "attributes": "ratio", "exact_match": "ratio"}
@@ -79,7 +80,7 @@ def _figures(folder: Path, store: Path | None = None) -> dict[str, float]:
     """Of a run on the held-out scenes; store: another one of the same rows, in place of its own."""
     run = load_run(folder)
     if store is not None:
-        run.store = featcache.open(store)
+        run.stores = StoreJoin([featcache.open(store)])
     figures = evaluate(run).figures
     return {name: figures[name].value for name in METRICS}
 

@@ -48,7 +48,7 @@ def test_decay_only_on_matrices_that_multiply() -> None:
 
 def test_update_divides_clips_and_clears() -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([{"params": [weight], "lr_ratio": 1.0}], lr=1.0)
+    optimizer = torch.optim.SGD([{"params": [weight], "lr_ratio": 1.0}], lr=1.0, fused=True)
     weight.grad = torch.tensor([30.0, 40.0])
     loss = torch.tensor(3.0)
     norm = update(optimizer, lr=1.0, tokens=5, clip=1.0, loss=loss)
