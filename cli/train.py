@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     help="Start from the connector of a run, a checkpoint, or of `align import`.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in RUN.")
+@click.option("--profile", is_flag=True, help="Write a trace of four steps to RUN/profile.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(
     features: tuple[StorePath, ...],
@@ -53,14 +54,20 @@ def train(
     out: Path,
     init_from: Path | None,
     resume: bool,
+    profile: bool,
     overrides: tuple[str, ...],
-) -> console.Document:
+) -> console.Result:
     """Train a connector from a feature store.
 
-    KEY=VALUE changes one setting of the recipe, e.g. optim.lr=2e-4 connector.num_latents=32.
+    KEY=VALUE changes one setting of the recipe, e.g. optim.lr=2e-4 connector.num_latents=32. Under
+    torchrun or srun the same line runs on every rank. SIGTERM and SIGUSR1 end it after the step
+    under way, with a checkpoint.
     """
+    import os
+
     from align.config import load_config
     from align.trainer import train as run
+    from featcache.executors.ranks import rank_from
 
     if resume and config is None and (out / "config.yaml").is_file():
         config = str(out / "config.yaml")  # --resume alone means: as it was started
@@ -74,8 +81,15 @@ def train(
     if init_from is not None:
         settings.train.init_from = str(init_from)
     with TrainDisplay() as display:
-        result = run(settings, list(features), out, resume=resume, on_event=display)
-    return summarise(result)
+        result = run(
+            settings, list(features), out, resume=resume, on_event=display, profile=profile
+        )
+    # As a shell reports a signal, so that nobody takes the run for done.
+    exit_code = 0 if result.stopped_by is None else 128 + result.stopped_by
+    rank = rank_from(os.environ)
+    if rank is not None and rank.index > 0:
+        return console.Result(None, exit_code)  # rank 0 speaks for all
+    return console.Result(summarise(result), exit_code)
 
 
 def summarise(result: TrainResult) -> console.Document:
@@ -85,7 +99,10 @@ def summarise(result: TrainResult) -> console.Document:
     console.say(
         f"{result.path}: {result.step:,} steps{loss}{held_out}, {console.duration(result.seconds)}"
     )
-    return {**asdict(result), "path": str(result.path)}
+    stopped = None if result.stopped_by is None else result.stopped_by.name
+    if stopped is not None:
+        console.say(f"stopped by {stopped} with a checkpoint; go on with --resume")
+    return {**asdict(result), "path": str(result.path), "stopped_by": stopped}
 
 
 class TrainDisplay:
