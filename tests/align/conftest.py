@@ -57,7 +57,11 @@ def remote_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """images/, captions.jsonl, siglip/ and qwen3/ under one folder."""
-    root = tmp_path_factory.mktemp("world")
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def write_world(root: Path) -> Path:
+    """What `world` is."""
     (root / "images").mkdir()
     lines = []
     for i in range(NUM_IMAGES):

@@ -1,13 +1,11 @@
 """Every shipped recipe: at full size on the meta device, and as a tiny twin that goes all the way.
 
-A twin is the recipe itself with widths, batch and number of steps made small: what it learns with,
-template, mask, layout, optimizer and data rules, stays as shipped.
+Twins are made in twins.py.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,22 +16,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from align.checkpoint import find_checkpoint
-from align.config import RunConfig, list_configs, load_config
+from align.config import list_configs, load_config
 from align.connectors import build_connector
-from align.connectors.sva import SvaConfig
 from align.evaluate import evaluate
 from align.interop import export_run, import_projector
 from align.interop.hf import prompt_of
 from align.live import caption_images
 from align.run import load_run, load_speaker
 from align.trainer import train
-from featcache.extract import ExtractOptions, extract
 from featcache.registry import ENCODERS
-from tests.support_models import save_clip, save_llama
-from tests.support_tokenizers import llama2, llama3
-
-RECIPES = sorted(set(list_configs()) - {"demo"})
-"""The demo has its own test."""
+from tests.align.twins import RECIPES, twin, write_parts
 
 # The sampler with its queries, and the four projectors before it.
 SVA = 47_296_512 + 1024 + 13_910_016
@@ -89,77 +81,16 @@ def test_every_recipe_opens_with_what_a_user_asks() -> None:
 
 @pytest.fixture(scope="module")
 def parts(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """clip/, vicuna/, llama3/ beside the world's siglip/ and qwen3/."""
-    folder = tmp_path_factory.mktemp("parts")
-    save_clip(folder / "clip", width=40)
-    save_llama(folder / "vicuna", llama2(), num_key_value_heads=2)
-    save_llama(folder / "llama3", llama3(), num_key_value_heads=2)
-    for name in ("siglip", "qwen3"):
-        shutil.copytree(world / name, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def store_of(world: Path, parts: Path) -> Callable[[str, str], Path]:
-    """A store of the world's images by one of the encoders, fitted in one of the ways."""
-
-    def make(encoder: str, fit: str) -> Path:
-        out = parts / f"{encoder}-{fit}.zarr"
-        if not out.exists():
-            extract(
-                ExtractOptions(
-                    model=str(parts / encoder), data=(world / "captions.jsonl",),
-                    image_root=world / "images", out=out, fit=fit,
-                )
-            )  # fmt: skip
-        return out
-
-    return make
-
-
-def twin(name: str, parts: Path) -> tuple[RunConfig, list[str], str]:
-    """The recipe made small; its encoders, in order, and how images are fitted."""
-    config = load_config(name)
-    fit = "pad" if config.layout.unpad or config.connector.name == "sva" else "checkpoint"
-    encoders = ["siglip"]
-    llm = config.llm.name
-    folder = "qwen3" if "Qwen" in llm else "llama3" if "Llama-3" in llm else "vicuna"
-    small: dict[str, object] = {}
-    if config.connector.name == "resampler":
-        small = {"num_latents": 4, "heads": 2, "head_dim": 16}
-    elif isinstance(config.connector, SvaConfig):
-        encoders = ["siglip", "clip", "siglip"]
-        small = {"width": 32, "side": 4, "heads": 4, "token_lengths": [16, 16, 64]}
-    elif name.startswith("llava15"):
-        encoders = ["clip"]
-    token = config.llm.image_token
-    if folder == "vicuna" and config.template.name == "chatml_direct":
-        folder, token = "qwen3", "<|image_pad|>"  # Yi has ChatML's tokens, as Qwen does
-    return (
-        replace(
-            config,
-            llm=replace(config.llm, name=str(parts / folder), image_token=token),
-            features=replace(config.features, encoders=[], layers=["-2"] * len(encoders)),
-            data=replace(config.data, eval_ratio=0.2, max_samples=None),
-            connector=replace(config.connector, **small),  # type: ignore[type-var]
-            train=replace(
-                config.train, steps=4, batch_size=3, grad_accum=2, save_every=2, log_every=1,
-                eval_every=4, sample_every=0, device="cpu", keep_best=False,
-            ),
-            eval=replace(config.eval, max_new_tokens=4, temperature=0.0),
-        ),
-        encoders,
-        fit,
-    )  # fmt: skip
+    """The models of the twins."""
+    return write_parts(world, tmp_path_factory.mktemp("parts"))
 
 
 @pytest.mark.usefixtures("remote_code")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_twin_trains_resumes_evaluates_speaks_and_is_exported(
-    name: str, world: Path, parts: Path, store_of: Callable[[str, str], Path], tmp_path: Path
+    name: str, world: Path, parts: Path, tmp_path: Path
 ) -> None:
-    config, encoders, fit = twin(name, parts)
-    stores = [store_of(encoder, fit) for encoder in encoders]
+    config, stores = twin(name, world, parts)
     whole = train(config, stores, tmp_path / "whole")
     assert whole.step == 4 and whole.eval_loss is not None
 
