@@ -182,7 +182,9 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        why = " ".join(str(error).split())
+        # gloo begins with a place in its sources, and ends with advice.
+        why = " ".join(str(error).split()).rpartition("] ")[2] or str(error)
         raise RankError(
-            f"another rank of this training has ended; its own message says why ({why[:200]})"
+            "another rank of this training has ended; its own message says why "
+            f"({why.split('. ')[0][:120]})"
         ) from error
