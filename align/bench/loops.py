@@ -113,6 +113,7 @@ class Loop(ABC, Generic[Fed]):
     """A server of commands around a training that goes on from command to command."""
 
     name: str
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, spec: LoopSpec) -> None:
         self.spec = spec
@@ -154,7 +155,10 @@ class Loop(ABC, Generic[Fed]):
         return [(len(each.input_ids), each.num_supervised) for each in found]
 
     def batch_size(self, size: int) -> None:
-        """Of all steps from now on; they begin with the first samples again."""
+        """Of all steps from now on; they begin with the first samples again, and with no more
+        memory than a size that did not fit has left."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._give_back()
         seed = self.config.train.seed
         self.sampler = StepSampler(len(self.samples), size, 1, seed)
         self.done = 0
@@ -205,10 +209,14 @@ class Loop(ABC, Generic[Fed]):
             yardsticks.fence(self.device)
             seconds = time.perf_counter() - start
             joules = self.joules() - before if self.joules else None
-        if self.device.type == "cuda":  # the others need what this one has put by
-            torch.cuda.empty_cache()
+        self._give_back()
         samples = steps * self.sampler.batch_size
         return Pass(steps, samples, seconds, waited_s, joules)
+
+    def _give_back(self) -> None:
+        """On CUDA the others need what this process has put by."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _indices(self, steps: int) -> list[NDArray[np.int64]]:
         found = list(self.sampler.batches(self.done, self.done + steps))
