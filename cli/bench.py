@@ -71,7 +71,7 @@ PERCENTILES = ("p20", "p50", "p80")
     "--loops", default="cached,live,plain", show_default=True, help="step: which of them."
 )
 @click.option(
-    "--steps", type=click.IntRange(1), default=2, show_default=True,
+    "--steps", type=click.IntRange(1), default=1, show_default=True,
     help="step: timed in a pass, at least.",
 )  # fmt: skip
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")

@@ -172,9 +172,10 @@ class Loop(ABC, Generic[Fed]):
         return FirstStep(float(loss), float(norm), ids, supervised)
 
     def run(self, warm: int, steps: int) -> Pass:
-        """`warm` steps, then `steps` that are timed.
+        """`warm` steps, then `steps` that are timed, each with the wait for the batch after it.
 
-        The first timed batch is waited for before the clock starts, as in the middle of a training.
+        So a pass is like the middle of a training, also where it is a single step: what a step is
+        handed was made ready before the clock starts, and what comes next while it runs.
         """
         return self._timed(self.step, warm, steps)
 
@@ -192,7 +193,7 @@ class Loop(ABC, Generic[Fed]):
     # ---------------------------------------------------------------------------- what they share
 
     def _timed(self, step: Any, warm: int, steps: int) -> Pass:
-        with closing(self.feed(self._indices(warm + steps))) as feed:
+        with closing(self.feed(self._indices(warm + steps + 1))) as feed:
             for _ in range(warm):
                 step(next(feed))
             fed = next(feed)
@@ -200,12 +201,11 @@ class Loop(ABC, Generic[Fed]):
             before = self.joules() if self.joules else 0.0
             waited_s = 0.0
             start = time.perf_counter()
-            for number in range(steps):
-                if number:
-                    waiting = time.perf_counter()
-                    fed = next(feed)
-                    waited_s += time.perf_counter() - waiting
+            for _ in range(steps):
                 step(fed)
+                waiting = time.perf_counter()
+                fed = next(feed)
+                waited_s += time.perf_counter() - waiting
             yardsticks.fence(self.device)
             seconds = time.perf_counter() - start
             joules = self.joules() - before if self.joules else None

@@ -79,7 +79,7 @@ class StepPlan:
     tokens: tuple[int, ...] = (64,)
     images: int = 8
     batch_sizes: tuple[int, ...] = (4,)
-    steps: int = 2
+    steps: int = 1
     pass_s: float = 2.0
     warm_s: float = 0.5
     rounds: int = 3
@@ -435,7 +435,8 @@ def rows_of(plan: StepPlan, case: Case, measured: Measured) -> list[dict[str, An
         )  # fmt: skip
 
     add(MATMUL, "rate", "TFLOP/s", [rate / 1e12 for rate in measured.matmul])
-    for name, passes in measured.passes.items():
+    in_order = {name: measured.passes[name] for name in plan.loops if name in measured.passes}
+    for name, passes in in_order.items():
         flop = cached_flop + (0 if name == "cached" else encode_flop)
         of = {"batch": measured.batch_sizes[name], "steps": passes[-1].steps}
         rates = [each.samples / each.seconds for each in passes]
@@ -456,7 +457,7 @@ def rows_of(plan: StepPlan, case: Case, measured: Measured) -> list[dict[str, An
     # without its own losses.
     predicted = (cached_flop + encode_flop) / cached_flop
     ours = measured.passes["cached"]
-    for name, passes in measured.passes.items():
+    for name, passes in in_order.items():
         if name != "cached":
             ratios = [
                 (a.samples / a.seconds) / (b.samples / b.seconds)
