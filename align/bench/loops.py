@@ -1,11 +1,12 @@
-"""The same training three times, each as a loop that a process of its own runs and times.
+"""The same training several times, each as a loop that a process of its own runs and times.
 
 * *cached*: ours, on stored features, with the parts that `align.trainer.train` is made of.
 * *live*: the same step; its features come from image files through a well fed encoder.
 * *plain*: what is written without this project: a DataLoader with workers, Hugging Face's image
-  processor and models as they are, full logits, `loss.item()` at every step.
+  processor and models as they are, full logits, `loss.item()` at every step; *llava* is that with
+  transformers' own `LlavaForConditionalGeneration` (both in plain_loops.py).
 
-All three start from the same connector (a seed), the same encoder and language model, see the same
+All start from the same connector (a seed), the same encoder and language model, see the same
 samples in the same order, and tokenise them alike.
 
     B samples, P patches, D encoder width, S visual slots, H LLM width, T sequence length
@@ -17,7 +18,7 @@ import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,38 +28,34 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from align.bench import yardsticks
 from align.bench.process import answer_commands, load, quieten
 from align.config import load_config
 from align.data.collate import Batch, collate
 from align.data.sampling import StepSampler
-from align.data.tokens import IGNORE, SampleEncoder, TokenizedSample
+from align.data.tokens import TokenizedSample
 from align.optim import build_optimizer, lr_at
 from align.run import assemble
 from align.trainer import update
 from featcache.device import num_cores
 from featcache.encoders import Encoder, Pixels, load_encoder
 from featcache.images import decode, read_bytes
-from featcache.manifests import Record
-from featcache.registry import ENCODERS
 
 LOOPS = {
     "cached": "align.bench.loops:Cached",
     "live": "align.bench.loops:Live",
-    "plain": "align.bench.loops:Plain",
+    "plain": "align.bench.plain_loops:Plain",
+    "llava": "align.bench.plain_loops:Llava",
 }
 BATCHES_AHEAD = 4
 """Batches of images decoded, or being decoded, ahead of the live step."""
 SCHEDULE_STEPS = 100_000
 """Of the learning rate: far more than are measured, so that none is special."""
 MAX_WORKERS = 8
-"""Of plain's DataLoader; what is commonly given to a GPU."""
+"""Of a DataLoader; what is commonly given to a GPU."""
 
 Fed = TypeVar("Fed")
 """What a step is handed."""
@@ -69,8 +66,8 @@ class LoopSpec:
     """What a loop is made of; the same for all that are compared.
 
     model: the encoder's name; its weights are random. images: folder of the photos.
-    overrides: KEY=VALUE of the run's config. plain_overrides: those that plain is given.
-    compile: `torch.compile` the live encoder's blocks. workers: of plain's DataLoader.
+    overrides: KEY=VALUE of the run's config. plain_overrides: those of loops that are not ours.
+    compile: `torch.compile` the live encoder's blocks. workers: of a DataLoader.
     """
 
     folder: Path
@@ -113,12 +110,12 @@ class Loop(ABC, Generic[Fed]):
     """A server of commands around a training that goes on from command to command."""
 
     name: str
+    is_ours = False
     optimizer: torch.optim.Optimizer
 
     def __init__(self, spec: LoopSpec) -> None:
         self.spec = spec
-        plain = self.name == "plain"
-        config = load_config(None, spec.plain_overrides if plain else spec.overrides)
+        config = load_config(None, spec.overrides if self.is_ours else spec.plain_overrides)
         self.config = config
         self.parts = assemble(config, [spec.store], spec.folder / self.name)
         self.model = self.parts.model
@@ -232,6 +229,8 @@ class Loop(ABC, Generic[Fed]):
 class _Ours(Loop[Fed]):
     """The step of `align.trainer.train`, but for what it logs and saves."""
 
+    is_ours = True
+
     def __init__(self, spec: LoopSpec) -> None:
         super().__init__(spec)
         self.optimizer = build_optimizer(self.config.optim, self.model.connector)
@@ -278,7 +277,7 @@ class Live(_Ours[_LiveBatch]):
 
     def __init__(self, spec: LoopSpec) -> None:
         super().__init__(spec)
-        self.encoder = _encoder_of(self, compile=spec.compile)
+        self.encoder = encoder_of(self, compile=spec.compile)
         self.tokenized: dict[int, TokenizedSample] = {}
 
     def feed(self, index_batches: Sequence[NDArray[np.int64]]) -> Generator[_LiveBatch, None, None]:
@@ -339,140 +338,7 @@ class Live(_Ours[_LiveBatch]):
         return images / (time.perf_counter() - start)
 
 
-class Plain(Loop[dict[str, Any]]):
-    """The loop of a careful user without this project: the frozen parts under `no_grad` or without
-    gradients, their cache off, autocast as in ours."""
-
-    name = "plain"
-
-    def __init__(self, spec: LoopSpec) -> None:
-        super().__init__(spec)
-        self.vision = _encoder_of(self).model
-        self.llm = self.model.llm.model
-        self.connector = self.model.connector
-        optim = self.config.optim
-        self.optimizer = torch.optim.AdamW(
-            self.connector.parameters(), lr=optim.lr, weight_decay=optim.weight_decay
-        )
-        self.index_batches: list[list[int]] = []
-        records = [sample.record for sample in self.samples]
-        photos = CaptionedPhotos(
-            spec.images, records, self._slots(), self.parts.encoder, image_processor(spec.model)
-        )
-        self.loader: DataLoader[dict[str, Any]] = DataLoader(
-            photos,
-            batch_sampler=self.index_batches,
-            num_workers=spec.workers,
-            collate_fn=pad,
-            persistent_workers=spec.workers > 0,
-            pin_memory=self.device.type == "cuda",
-            # Forking a process that has threads, and CUDA, is not safe.
-            multiprocessing_context="spawn" if spec.workers else None,
-        )
-
-    def feed(
-        self, index_batches: Sequence[NDArray[np.int64]]
-    ) -> Generator[dict[str, Any], None, None]:
-        self.index_batches[:] = [indices.tolist() for indices in index_batches]
-        iterator: Iterator[dict[str, Any]] = iter(self.loader)
-        yield from iterator
-
-    def step(self, fed: dict[str, Any]) -> tuple[float, float]:
-        batch = {
-            name: value.to(self.device, non_blocking=True)
-            for name, value in fed.items()
-            if isinstance(value, Tensor)
-        }
-        with torch.no_grad():
-            seen = self.vision(
-                batch["pixel_values"].to(self.vision.dtype), output_hidden_states=True
-            )
-            features = seen.hidden_states[int(self.parts.layers[0])]
-            embeds = self.llm.get_input_embeddings()(batch["input_ids"])
-        with self.model.precision():
-            visual = self.connector([features.float()], fed["sizes"])
-            is_slot = batch["is_slot"][..., None].expand_as(embeds)
-            embeds = embeds.masked_scatter(is_slot, visual.to(embeds.dtype))
-            output = self.llm(
-                inputs_embeds=embeds,
-                attention_mask=batch["attention_mask"],
-                labels=batch["labels"],
-                use_cache=False,
-            )
-        output.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.connector.parameters(), self.config.optim.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return output.loss.item(), norm.item()
-
-    def contents(self, fed: dict[str, Any]) -> tuple[tuple[str, ...], int]:
-        return tuple(fed["ids"]), int((fed["labels"][:, 1:] != IGNORE).sum())
-
-
-class CaptionedPhotos(Dataset[dict[str, Any]]):
-    """An item is a sample, read, decoded, processed and tokenised when it is asked for."""
-
-    def __init__(
-        self,
-        folder: Path,
-        records: Sequence[Record],
-        slots: Sequence[Sequence[int]],
-        encoder: SampleEncoder,
-        processor: Any,
-    ) -> None:
-        self.folder, self.records, self.slots = folder, records, slots
-        self.encoder, self.processor = encoder, processor
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.records[index]
-        image = Image.open(self.folder / record.images[0]).convert("RGB")
-        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        tokens = self.encoder.encode(record, self.slots[index])
-        return {
-            "id": record.id,
-            "size": image.size,
-            "pixel_values": pixels,
-            "input_ids": torch.from_numpy(tokens.input_ids),
-            "labels": torch.from_numpy(tokens.labels),
-            "is_slot": torch.from_numpy(tokens.is_slot),
-        }
-
-
-def pad(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of items: pixel_values float32[B, 3, height, width]; the others [B, T], padded on the
-    right."""
-
-    def padded(name: str, value: int) -> Tensor:
-        rows = [item[name] for item in items]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-    lengths = torch.tensor([len(item["input_ids"]) for item in items])
-    return {
-        "ids": [item["id"] for item in items],
-        "sizes": [item["size"] for item in items],
-        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-        "input_ids": padded("input_ids", 0),
-        "labels": padded("labels", IGNORE),
-        "is_slot": padded("is_slot", 0),
-        "attention_mask": (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long(),
-    }
-
-
-def image_processor(model: str) -> Any:
-    """Hugging Face's own, of the Pillow kind: torchvision may not be there."""
-    entry = ENCODERS[model]
-    if entry.asset is None:
-        return transformers.SiglipImageProcessorPil(**(entry.processor or {}))
-    import featcache
-
-    assets = Path(featcache.__file__).parent / "assets"
-    return transformers.SiglipImageProcessorPil.from_pretrained(assets / entry.asset)
-
-
-def _encoder_of(loop: Loop[Any], compile: bool = False) -> Encoder:
+def encoder_of(loop: Loop[Any], compile: bool = False) -> Encoder:
     """With the weights that the store was extracted with."""
     return load_encoder(
         loop.spec.model,

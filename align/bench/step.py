@@ -89,7 +89,9 @@ class StepPlan:
     compile: bool = False
     workers: int = field(default_factory=lambda: min(MAX_WORKERS, num_cores()))
     overrides: tuple[str, ...] = ()
-    loops: Mapping[str, str] = field(default_factory=lambda: LOOPS)
+    loops: Mapping[str, str] = field(
+        default_factory=lambda: {name: LOOPS[name] for name in ("cached", "live", "plain")}
+    )
     apart: bool = True
 
     def __post_init__(self) -> None:
@@ -107,6 +109,11 @@ class StepPlan:
             raise ConfigError(
                 f"--batch-size {max(self.batch_sizes)}: more than the {self.images} images; raise "
                 "--images"
+            )
+        if "llava" in self.loops and set(self.tokens) != {self.encoder.num_patches}:
+            raise ConfigError(
+                f"--loops llava: has the MLP, which makes {self.encoder.num_patches} tokens of an "
+                f"image; give --tokens {self.encoder.num_patches}"
             )
         for llm in self.llms:
             random_llm.sizes_of(llm, self.random_weights)
@@ -231,49 +238,59 @@ def _measure_case(
     encodes: bool,
     on_note: Callable[[str], None],
 ) -> Measured:
+    """Raises as `measure`."""
     measured = Measured()
     where = f"{case.llm}, {case.tokens} visual tokens"
     with ExitStack() as stack:
+        spec = _spec(folder, plan, data, case)
         open_loops = {
-            name: stack.enter_context(_opened(plan, place, _spec(folder, plan, data, case)))
+            name: stack.enter_context(_opened(plan, place, spec))
             for name, place in plan.loops.items()
         }
         place, yardstick = "align.bench.yardsticks:Matmul", (plan.device, plan.precision)
         matmul = stack.enter_context(_opened(plan, place, *yardstick))
-        for name, loop in list(open_loops.items()):  # all at once: most of it is imports
-            with _dropping(name, open_loops, measured, on_note):
-                loop.answer()
+
+        def each(work: Callable[[str, Server], None], names: Sequence[str] | None = None) -> None:
+            """One after the other; a loop that fails is told of and dropped."""
+            for name in list(open_loops) if names is None else names:
+                with _dropping(name, open_loops, measured, on_note):
+                    work(name, open_loops[name])
+
+        step_s: dict[str, float] = {}
+
+        def begin(name: str, loop: Server) -> None:
+            start = time.perf_counter()
+            measured.first[name] = loop.ask("first")
+            step_s[name] = time.perf_counter() - start
+            on_note(f"{where}: {name}: first loss {measured.first[name].loss:.6f}")
+
+        def tune(name: str, loop: Server) -> None:
+            size, step_s[name] = _tuned(loop, plan.batch_sizes, step_s[name])
+            measured.batch_sizes[name] = size
+            loop.ask("forget_peak")
+
+        def time_pass(name: str, loop: Server) -> None:
+            done: Pass = loop.ask("run", *_counts(plan, step_s[name]))
+            measured.passes.setdefault(name, []).append(done)
+            on_note(f"{where}: {name}: {done.samples / done.seconds:.4g} samples/s")
+
+        each(lambda _, loop: loop.answer())  # they have opened at once: most of it is imports
         matmul.answer()
         measured.lengths = open_loops["cached"].ask("lengths")
-        step_s = {}
-        for name, loop in list(open_loops.items()):
-            with _dropping(name, open_loops, measured, on_note):
-                start = time.perf_counter()
-                measured.first[name] = loop.ask("first")
-                step_s[name] = time.perf_counter() - start
-                on_note(f"{where}: {name}: first loss {measured.first[name].loss:.6f}")
+        each(begin)
         require_same_step(measured.first, *TOLERANCES[plan.precision])
-        for name, loop in list(open_loops.items()):
-            with _dropping(name, open_loops, measured, on_note):
-                size, step_s[name] = _tuned(loop, plan.batch_sizes, step_s[name])
-                measured.batch_sizes[name] = size
-                loop.ask("forget_peak")
+        each(tune)
         for number in range(plan.rounds):
             measured.matmul.append(matmul.ask("run", plan.pass_s / 2))
             names = list(open_loops)
             random.Random(number).shuffle(names)
-            for name in names:
-                with _dropping(name, open_loops, measured, on_note):
-                    warm, steps = _counts(plan, step_s[name])
-                    done: Pass = open_loops[name].ask("run", warm, steps)
-                    measured.passes.setdefault(name, []).append(done)
-                    on_note(f"{where}: {name}: {done.samples / done.seconds:.4g} samples/s")
+            each(time_pass, names)
         for name, loop in open_loops.items():
             measured.peak_bytes[name] = loop.ask("peak_bytes")
         if encodes and "live" in open_loops:
-            measured.decode = open_loops["live"].ask("decode", DECODED)
-            warm, steps = _counts(plan, step_s["live"])
-            measured.encode.append(open_loops["live"].ask("encode", warm, steps))
+            live = open_loops["live"]
+            measured.decode = live.ask("decode", DECODED)
+            measured.encode.append(live.ask("encode", *_counts(plan, step_s["live"])))
         for loop in (*open_loops.values(), matmul):
             loop.end()
     return measured

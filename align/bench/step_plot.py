@@ -23,6 +23,7 @@ NAMES = {
     "cached": "cached features",
     "live": "encoder in our step",
     "plain": "plain Hugging Face loop",
+    "llava": "Hugging Face LLaVA",
 }
 
 

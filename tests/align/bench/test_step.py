@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from align.bench import break_even, random_llm, yardsticks
-from align.bench.loops import LOOPS, FirstStep, Live, Plain
+from align.bench.loops import LOOPS, FirstStep, Live
+from align.bench.plain_loops import Plain
 from align.bench.process import ProviderError
 from align.bench.step import (
     TOLERANCES,
@@ -37,7 +38,7 @@ from featcache.registry import ENCODERS
 HERE = "tests.align.bench.test_step"
 SMALL = StepPlan(
     "tiny",
-    tokens=(64, 8),  # as many as the encoder has patches: the MLP; and a resampler
+    tokens=(8,),
     images=6,
     rounds=2,
     steps=1,
@@ -46,7 +47,8 @@ SMALL = StepPlan(
     workers=0,
     apart=False,
 )
-ONE = replace(SMALL, tokens=(8,), rounds=1)
+ONE = replace(SMALL, rounds=1)
+MLP = replace(ONE, tokens=(64,), loops=LOOPS)  # as many as the encoder has patches
 
 
 class OtherImages(Live):
@@ -79,17 +81,23 @@ def findings(folder: Path) -> StepFindings:
     return measure(folder, SMALL)
 
 
-def test_rows(findings: StepFindings) -> None:
-    assert findings.failed == {}
-    found = cases(findings.rows)
-    assert list(found) == [("tiny", 64), ("tiny", 8)]
-    for (_, tokens), by_loop in found.items():
-        assert set(by_loop) == {"matmul", *LOOPS}
+@pytest.fixture(scope="module")
+def of_mlp(tmp_path_factory: pytest.TempPathFactory) -> StepFindings:
+    return measure(tmp_path_factory.mktemp("mlp"), MLP)
+
+
+def test_rows(findings: StepFindings, of_mlp: StepFindings) -> None:
+    assert findings.failed == of_mlp.failed == {}
+    for plan, rows in ((SMALL, findings.rows), (MLP, of_mlp.rows)):
+        [(key, by_loop)] = cases(rows).items()
+        tokens = plan.tokens[0]
+        assert key == ("tiny", tokens)
+        assert list(by_loop) == ["matmul", *plan.loops]
         matmul = by_loop["matmul"]["rate"]["p50"] * 1e12
-        for name in LOOPS:
+        for name in plan.loops:
             of = by_loop[name]
             flop = of["operations"]["p50"] * 1e9
-            assert of["rate"]["n"] == SMALL.rounds
+            assert of["rate"]["n"] == plan.rounds
             assert of["rate"]["p50"] > 0
             assert of["rate"]["ceiling"] == pytest.approx(matmul / flop)
             length = tokens + of["rate"]["config"]["text_tokens"]
@@ -98,20 +106,21 @@ def test_rows(findings: StepFindings) -> None:
             assert 0 <= of["data wait"]["p50"] < 1
             assert of["peak memory"]["p50"] > 0
         encoder = ENCODERS["tiny"].tflop * 1e3
-        gflop = {name: by_loop[name]["operations"]["p50"] for name in LOOPS}
+        gflop = {name: by_loop[name]["operations"]["p50"] for name in plan.loops}
         assert gflop["live"] == gflop["plain"] == pytest.approx(gflop["cached"] + encoder)
-        for name in ("live", "plain"):
+        for name in set(plan.loops) - {"cached"}:
             over = by_loop["cached"][f"over {name}"]
             assert over["ceiling"] == pytest.approx(gflop[name] / gflop["cached"])
-    assert found["tiny", 64]["cached"]["rate"]["config"]["connector"] == "mlp"
+        connector = "mlp" if tokens == 64 else "resampler"
+        assert by_loop["cached"]["rate"]["config"]["connector"] == connector
 
 
-def test_loops_agree(findings: StepFindings) -> None:
+def test_loops_agree(findings: StepFindings, of_mlp: StepFindings) -> None:
     """Much nearer than is asked for: what is left is that the store rounds to fp16."""
-    for by_loop in cases(findings.rows).values():
+    for by_loop in cases([*findings.rows, *of_mlp.rows]).values():
         loss = by_loop["cached"]["first loss"]["p50"]
         norm = by_loop["cached"]["first gradient norm"]["p50"]
-        for name in ("live", "plain"):
+        for name in set(by_loop) - {"cached", "matmul"}:
             assert by_loop[name]["first loss"]["p50"] == pytest.approx(loss, rel=2e-5)
             assert by_loop[name]["first gradient norm"]["p50"] == pytest.approx(norm, rel=2e-3)
 
@@ -182,6 +191,7 @@ def test_settings_of_ours_do_not_reach_plain() -> None:
     [
         ({"model": "dinov2-small"}, "--model dinov2-small: the plain loop is written for SigLIP"),
         ({"batch_sizes": (8,)}, "--batch-size 8: more than the 6 images"),
+        ({"loops": LOOPS}, "--loops llava: has the MLP, which makes 64 tokens of an image"),
         ({"loops": {"live": LOOPS["live"]}}, "cached is what the others are compared with"),
         ({"overrides": ("train.stops=1",)}, "train.stops: no such field"),
     ],
@@ -234,9 +244,9 @@ def test_break_even_of_every_size(findings: StepFindings) -> None:
 
 def test_tables_and_plot(findings: StepFindings, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    first, _ = tables(findings.rows)
-    assert "64 visual + " in first.title and "mlp" in first.title
-    assert [line[0] for line in first.rows] == list(LOOPS)
+    [first] = tables(findings.rows)
+    assert "tiny, 8 visual + 30 text tokens, resampler, fp32 on cpu" in first.title
+    assert [line[0] for line in first.rows] == ["cached", "live", "plain"]
     assert all(len(line) == len(COLUMNS) for line in first.rows)
     write_plot(findings.rows, tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 10_000
