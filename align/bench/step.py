@@ -42,6 +42,7 @@ TOLERANCES = {"fp32": (1e-4, 1e-2), "bf16": (5e-3, 5e-2)}
 """Relative, of the first step's (loss, gradient norm) against the cached one's. Largest measured, a
 store in fp16: fp32 (3e-6, 5e-4)."""
 MATMUL = "matmul"
+MATMUL_S = 1.0
 DECODED = 32
 """Images by which a core's rate of decoding is measured."""
 QUICK_STEP_S = 5.0
@@ -162,7 +163,7 @@ class Measured:
     """What the rounds of a case gave.
 
     passes: of each loop, one a round. peak_bytes: of each. batch_sizes: of each. first: of each.
-    lengths: (tokens, supervised ones) of each sample. matmul: operations a second, one a round.
+    lengths: (tokens, supervised ones) of each sample. matmul: operations a second, before each pass.
     encode: passes of the encoder alone; empty but in the first case. decode: images/s of a core.
     failed: {loop: why}.
     """
@@ -270,6 +271,7 @@ def _measure_case(
             loop.ask("forget_peak")
 
         def time_pass(name: str, loop: Server) -> None:
+            measured.matmul.append(matmul.ask("run", min(MATMUL_S, plan.pass_s / 2)))
             done: Pass = loop.ask("run", *_counts(plan, step_s[name]))
             measured.passes.setdefault(name, []).append(done)
             on_note(f"{where}: {name}: {done.samples / done.seconds:.4g} samples/s")
@@ -281,7 +283,6 @@ def _measure_case(
         require_same_step(measured.first, *TOLERANCES[plan.precision])
         each(tune)
         for number in range(plan.rounds):
-            measured.matmul.append(matmul.ask("run", plan.pass_s / 2))
             names = list(open_loops)
             random.Random(number).shuffle(names)
             each(time_pass, names)
@@ -462,8 +463,7 @@ def rows_of(plan: StepPlan, case: Case, measured: Measured) -> list[dict[str, An
         add(name, "data wait", "ratio", [each.waited_s / each.seconds for each in passes], **of)
         add(name, "peak memory", "MB", [measured.peak_bytes[name] / 1e6], **of)
         add(name, "operations", "GFLOP/sample", [flop / 1e9], **of)
-        utilised = [r * flop / m for r, m in zip(rates, measured.matmul, strict=True)]
-        add(name, "MFU", "ratio", utilised, 1.0, **of)
+        add(name, "MFU", "ratio", [r * flop / matmul for r in rates], 1.0, **of)
         joules = [each.joules / each.samples for each in passes if each.joules is not None]
         if joules:
             add(name, "energy", "J/sample", joules, **of)
