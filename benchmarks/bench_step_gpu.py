@@ -37,8 +37,10 @@ class Part:
     share: float
 
 
+LAST_ROUND_S = 75.0
+"""What a part may take after the last moment at which it begins a round."""
 PARTS = (
-    Part("Qwen3-0.6B", "64,128,256,512", 0.45),
+    Part("Qwen3-0.6B", "64,128,256", 0.5),
     Part("Qwen3-8B", "16,32,64,128", 1.0),
 )
 
@@ -48,7 +50,7 @@ def measure(part: Part, out: Path, flags: list[str], limit_s: float) -> str | No
     argv = [
         sys.executable, "-m", "cli.align", "bench", "step", "--llm", part.llm, "--random-weights",
         "--tokens", "64", "--batch-size", part.batch_sizes, "--images", "512", "--out", str(out),
-        *flags,
+        "--minutes", f"{max(0.0, limit_s - LAST_ROUND_S) / 60:.2f}", *flags,
     ]  # fmt: skip
     process = subprocess.Popen(argv, cwd=ROOT, start_new_session=True)
     try:

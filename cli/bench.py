@@ -3,6 +3,7 @@ extraction comes to the bare encoder; what a training step gains by stored featu
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ PERCENTILES = ("p20", "p50", "p80")
     help="step: timed in a pass, at least.",
 )  # fmt: skip
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
+@click.option("--minutes", type=click.FloatRange(0), help="step: no further round begins later.")
 @click.option("--one-process", is_flag=True, help="step: for a debugger; memory is then of all.")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Rows go here, as JSON lines."
@@ -100,6 +102,7 @@ def bench(
     loops: str,
     steps: int,
     precision: str,
+    minutes: float | None,
     one_process: bool,
     out: Path | None,
     overrides: tuple[str, ...],
@@ -168,6 +171,7 @@ def bench(
             overrides=overrides,
             loops={name: LOOPS[name] for name in chosen},
             apart=not one_process,
+            limit_s=math.inf if minutes is None else 60 * minutes,
         )
         return _step(plan, folder, out)
 

@@ -151,6 +151,10 @@ class Loop(ABC, Generic[Fed]):
         ]
         return [(len(each.input_ids), each.num_supervised) for each in found]
 
+    def ahead(self) -> int:
+        """Batches that are made ready before they are asked for."""
+        return self.config.train.read_ahead
+
     def batch_size(self, size: int) -> None:
         """Of all steps from now on; they begin with the first samples again, and with no more
         memory than a size that did not fit has left."""
@@ -291,6 +295,9 @@ class Live(_Ours[_LiveBatch]):
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+
+    def ahead(self) -> int:
+        return BATCHES_AHEAD
 
     def decoded(self, key: str) -> NDArray[np.uint8]:
         """uint8[height, width, 3] at the encoder's resolution."""

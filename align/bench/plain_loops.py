@@ -24,6 +24,9 @@ from align.data.tokens import IGNORE, SampleEncoder
 from featcache.manifests import Record
 from featcache.registry import ENCODERS
 
+PREFETCH_FACTOR = 2
+"""Batches ahead of each worker, torch's own default."""
+
 
 class Plain(Loop[dict[str, Any]]):
     """The loop of a careful user without this project: the frozen parts under `no_grad` or without
@@ -50,6 +53,7 @@ class Plain(Loop[dict[str, Any]]):
             batch_sampler=self.index_batches,
             num_workers=spec.workers,
             collate_fn=pad,
+            prefetch_factor=PREFETCH_FACTOR if spec.workers else None,
             persistent_workers=spec.workers > 0,
             pin_memory=self.device.type == "cuda",
             # Forking a process that has threads, and CUDA, is not safe.
@@ -59,6 +63,9 @@ class Plain(Loop[dict[str, Any]]):
     def connector(self) -> nn.Module:
         """What is trained."""
         return self.model.connector
+
+    def ahead(self) -> int:
+        return PREFETCH_FACTOR * self.spec.workers
 
     def feed(
         self, index_batches: Sequence[NDArray[np.int64]]

@@ -14,6 +14,7 @@ The operations of a sample are those that the model needs; of *live* and *plain*
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import statistics
@@ -94,6 +95,7 @@ class StepPlan:
         default_factory=lambda: {name: LOOPS[name] for name in ("cached", "live", "plain")}
     )
     apart: bool = True
+    limit_s: float = math.inf
 
     def __post_init__(self) -> None:
         """Raises ConfigError, ModelError."""
@@ -163,9 +165,9 @@ class Measured:
     """What the rounds of a case gave.
 
     passes: of each loop, one a round. peak_bytes: of each. batch_sizes: of each. first: of each.
-    lengths: (tokens, supervised ones) of each sample. matmul: operations a second, before each pass.
-    encode: passes of the encoder alone; empty but in the first case. decode: images/s of a core.
-    failed: {loop: why}.
+    lengths: (tokens, supervised ones) of each sample. matmul: operations a second, each before a
+    pass. encode: passes of the encoder alone; empty but in the first case. decode: images/s of a
+    core. failed: {loop: why}.
     """
 
     passes: dict[str, list[Pass]] = field(default_factory=dict)
@@ -199,11 +201,11 @@ def measure(
     compute the same, ProviderError where the cached one fails, ConfigError for a full disk.
     """
     found = StepFindings()
+    end = time.monotonic() + plan.limit_s
     device = resolve_device(plan.device)
     on_note(f"{plan.images} images are extracted by {plan.model}")
     data = write_data(folder, plan.model, plan.images, min(plan.batch_sizes), plan.device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _give_back(device)
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
     for name in plan.llms:
         sizes = random_llm.sizes_of(name, plan.random_weights)
@@ -212,10 +214,11 @@ def measure(
             source = str(folder / "llm")
             on_note(f"{name} is written with random weights")
             random_llm.write(Path(source), sizes, device, dtype)
+            _give_back(device)
         for tokens in plan.tokens:
             case = Case(name, sizes, source, tokens)
             encodes = not any(row["metric"] == "encode" for row in found.rows)
-            measured = _measure_case(folder, plan, data, case, encodes, on_note)
+            measured = _measure_case(folder, plan, data, case, encodes, end, on_note)
             found.rows += rows_of(plan, case, measured)
             found.failed |= {
                 f"{loop}, {name}, {tokens} tokens": why for loop, why in measured.failed.items()
@@ -237,6 +240,7 @@ def _measure_case(
     data: StepData,
     case: Case,
     encodes: bool,
+    end: float,
     on_note: Callable[[str], None],
 ) -> Measured:
     """Raises as `measure`."""
@@ -272,7 +276,7 @@ def _measure_case(
 
         def time_pass(name: str, loop: Server) -> None:
             measured.matmul.append(matmul.ask("run", min(MATMUL_S, plan.pass_s / 2)))
-            done: Pass = loop.ask("run", *_counts(plan, step_s[name]))
+            done: Pass = loop.ask("run", *_counts(plan, step_s[name], loop.ask("ahead")))
             measured.passes.setdefault(name, []).append(done)
             on_note(f"{where}: {name}: {done.samples / done.seconds:.4g} samples/s")
 
@@ -283,6 +287,9 @@ def _measure_case(
         require_same_step(measured.first, *TOLERANCES[plan.precision])
         each(tune)
         for number in range(plan.rounds):
+            if number and time.monotonic() > end:
+                on_note(f"{where}: {number} of {plan.rounds} rounds, as the time is up")
+                break
             names = list(open_loops)
             random.Random(number).shuffle(names)
             each(time_pass, names)
@@ -291,7 +298,8 @@ def _measure_case(
         if encodes and "live" in open_loops:
             live = open_loops["live"]
             measured.decode = live.ask("decode", DECODED)
-            measured.encode.append(live.ask("encode", *_counts(plan, step_s["live"])))
+            counts = _counts(plan, step_s["live"], live.ask("ahead"))
+            measured.encode.append(live.ask("encode", *counts))
         for loop in (*open_loops.values(), matmul):
             loop.end()
     return measured
@@ -395,9 +403,18 @@ def _tuned(loop: Server, sizes: Sequence[int], step_s: float) -> tuple[int, floa
     return best[1], best[2]
 
 
-def _counts(plan: StepPlan, step_s: float) -> tuple[int, int]:
-    """(untimed, timed) steps of a pass."""
-    return int(plan.warm_s / step_s), max(plan.steps, math.ceil(plan.pass_s / step_s))
+def _counts(plan: StepPlan, step_s: float, ahead: int) -> tuple[int, int]:
+    """(untimed, timed) steps of a pass. ahead: batches that may be ready when it begins, because
+    nothing was trained on meanwhile: where steps are short, these are not timed."""
+    warm = int(plan.warm_s / step_s)
+    return max(warm, ahead) if warm else 0, max(plan.steps, math.ceil(plan.pass_s / step_s))
+
+
+def _give_back(device: torch.device) -> None:
+    """Memory of a GPU that this process has used and the loops will need."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 # ----------------------------------------------------------------------------------------- rows

@@ -174,10 +174,11 @@ def test_a_loop_that_fails_is_told_of(tmp_path: Path) -> None:
     assert kept == [found.rows]
 
 
-def test_each_loop_takes_its_best_batch_size(tmp_path: Path) -> None:
-    plan = replace(ONE, batch_sizes=(2, 4), loops={"cached": LOOPS["cached"]})
+def test_each_loop_takes_its_best_batch_size_and_rounds_end_in_time(tmp_path: Path) -> None:
+    plan = replace(SMALL, batch_sizes=(2, 4), loops={"cached": LOOPS["cached"]}, limit_s=0.0)
     [row] = [row for row in measure(tmp_path, plan).rows if row["metric"] == "MFU"]
     assert row["config"]["batch"] in (2, 4)
+    assert row["n"] == 1 < plan.rounds
 
 
 def test_settings_of_ours_do_not_reach_plain() -> None:
