@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -54,18 +54,15 @@ class Pass:
     used: usage.Usage
 
 
-class ProviderProcess:
-    """Its parent's end. Commands raise ProviderError for what went wrong in the child."""
+class ChildProcess:
+    """The parent's end of a process that answers commands. They raise ProviderError for what went
+    wrong in the child, and whatever error of ours the child sends."""
 
-    def __init__(self, provider: Provider, folder: Path, data: Data) -> None:
-        """folder: of the format's files. Starts the process, which waits before it imports."""
-        self.provider = provider
-        self.files = usage.files_below(folder) if provider.format else []
+    def __init__(self, name: str, target: Callable[..., None], *arguments: Any) -> None:
+        """target: called in the process with its end of the pipe and `arguments`, to serve."""
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=serve, args=(theirs, provider, folder, data), name=provider.name
-        )
+        self.process = context.Process(target=target, args=(theirs, *arguments), name=name)
         self.process.start()
         theirs.close()
 
@@ -92,6 +89,35 @@ class ProviderProcess:
             raise value
         return value
 
+    def end(self) -> None:
+        """Have it end without waiting for it. `close` is still to be called."""
+        self.send("close")
+
+    def close(self) -> None:
+        """End it and its children, and wait. May be called again."""
+        if self.pipe.closed:
+            return
+        children = usage.process_tree(self.pid)[1:] if self.process.is_alive() else []
+        self.send("close")
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        self.pipe.close()
+
+
+class ProviderProcess(ChildProcess):
+    """That of a provider of stored features."""
+
+    def __init__(self, provider: Provider, folder: Path, data: Data) -> None:
+        """folder: of the format's files. Starts the process, which waits before it imports."""
+        self.provider = provider
+        self.files = usage.files_below(folder) if provider.format else []
+        super().__init__(provider.name, serve, provider, folder, data)
+
     def measure(self, batches: Sequence[Rows], *, beside: bool = False) -> Pass:
         """One pass over batches. beside: in a background thread, while the main one runs Python."""
         self.ask("prepare", batches, beside)
@@ -114,25 +140,6 @@ class ProviderProcess:
         return own + sum(
             usage.memory_bytes(pid, "VmHWM") - usage.memory_bytes(pid, "VmRSS") for pid in tree
         )
-
-    def end(self) -> None:
-        """Have it end without waiting for it. `close` is still to be called."""
-        self.send("close")
-
-    def close(self) -> None:
-        """End it and its children, and wait. May be called again."""
-        if self.pipe.closed:
-            return
-        children = usage.process_tree(self.pid)[1:] if self.process.is_alive() else []
-        self.send("close")
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        self.pipe.close()
 
 
 def load(place: str) -> Any:
@@ -179,7 +186,11 @@ def serve_write(pipe: Connection, name: str, folder: Path, data: Data) -> None:
 
 def serve(pipe: Connection, provider: Provider, folder: Path, data: Data) -> None:
     quieten()
-    server = Server(provider, folder, data)
+    answer_commands(pipe, Server(provider, folder, data))
+
+
+def answer_commands(pipe: Connection, server: Any) -> None:
+    """Do what the parent asks of `server` by its methods' names, until that is "close"."""
     while True:
         try:
             command, arguments = pipe.recv()
