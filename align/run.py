@@ -23,6 +23,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 import featcache
+from align.attention import require_packing
 from align.checkpoint import Checkpoint, find_checkpoint, load_connector
 from align.config import RunConfig, diff_fields, load_config
 from align.connectors import build_connector, check_connector
@@ -31,7 +32,9 @@ from align.data.dataset import DataSplits, Sample, build_splits, shards_of
 from align.data.sampling import StepSampler, Windows
 from align.data.tokens import SampleEncoder, check_template
 from align.errors import CheckpointError, RunError
-from align.llm import SHIPPED, load_llm
+from align.fp8 import quantize_layers
+from align.layers import prepare_layers
+from align.llm import SHIPPED, FrozenLLM, LLMConfig, load_llm
 from align.vlm import AlignModel
 from featcache.codecs import LayerCodec, describe_codec, load_codec
 from featcache.device import resolve_device
@@ -190,7 +193,7 @@ class Run:
         `data` has digests of the training samples in their order (ids, image keys and turns), of
         those images' bytes, of what was held out, and of the shards where these decide the order of
         the samples. `precision` is what `train.precision` came
-        to on the device.
+        to on the device; `quantized` is None, or how the language model was.
         """
         if self._data is None:  # once: there may be half a million samples
             digest, images = xxhash.xxh3_64(), xxhash.xxh3_64()
@@ -222,6 +225,7 @@ class Run:
                 for store, layer in zip(self.stores.stores, self.layers, strict=True)
             ],
             "precision": "fp32" if self.model.autocast is None else "bf16",
+            "quantized": _quantized(self.config.llm),
             "data": self._data,
             "versions": versions(),
         }
@@ -306,6 +310,8 @@ def _build(
     dtype = torch.bfloat16 if bf16 else torch.float32
     llm = load_llm(config.llm, device, None if as_stored else dtype)
     check_template(llm.tokenizer, config.template)
+    if not as_stored:
+        _prepare(llm, config)
     torch.manual_seed(config.train.seed)
     connector = build_connector(
         config.connector, towers, llm.hidden_size, config.layout, padded=padded
@@ -315,6 +321,19 @@ def _build(
         llm.tokenizer, config.template, llm.image_token_id, config.data.max_length
     )
     return model, encoder
+
+
+def _prepare(llm: FrozenLLM, config: RunConfig) -> None:
+    """Makes the language model compute as the settings say.
+
+    Raises ModelError where it cannot.
+    """
+    train = config.train
+    if config.llm.quantize == "fp8":
+        quantize_layers(llm, config.llm.fp8_backward)
+    if train.packing:
+        require_packing(llm.model)
+    prepare_layers(llm.model, train.compile, train.checkpoint_activations)
 
 
 def _widths(model: AlignModel) -> dict[str, Any]:
@@ -486,6 +505,12 @@ def _check_same_model(state: dict[str, Any], model: AlignModel, checkpoint: Chec
             f"{', '.join(map(str, towers))}, the features here have "
             f"{', '.join(map(str, model.connector.towers))}; use the stores it was trained on"
         )
+
+
+def _quantized(llm: LLMConfig) -> dict[str, str] | None:
+    if llm.quantize == "none":
+        return None
+    return {"type": llm.quantize, "backward": llm.fp8_backward}
 
 
 def versions() -> dict[str, str]:
