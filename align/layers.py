@@ -57,7 +57,7 @@ def prepare_layers(model: PreTrainedModel, compiled: bool, checkpointed: bool) -
     asked_by = "train.compile=true" if compiled else "train.checkpoint_activations=true"
     for layer in decoder_layers(model, asked_by):
         written: Forward = layer.forward
-        forward: Forward = torch.compile(written) if compiled else written
+        forward: Forward = torch.compile(written, dynamic=True) if compiled else written
         # Checkpointing is outside: what is compiled is then the same with and without it.
         if checkpointed:
             forward = _checkpointed(forward, model)

@@ -181,7 +181,7 @@ def _documents(lengths: Sequence[int], total: int, rows: int, round_longest: boo
     of_row = [*lengths, *([rest] if rest else [])]
     of_row += [0] * (rows + 1 - len(of_row) if rows else 0)
     longest = max(of_row, default=0)
-    if round_longest:
+    if round_longest and longest:
         longest = 1 << (longest - 1).bit_length()
     cumulative = np.cumsum([0, *of_row])
     positions = np.arange(total) - np.repeat(cumulative[:-1], of_row)
