@@ -27,8 +27,12 @@ from tests.support_steps import (
     save_language_model,
 )
 
-# torch's compiler warns, as it is imported, of what it uses of torch.jit.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+# torch's compiler warns of what it does itself: of its use of torch.jit, and of looking whether
+# tensors have a gradient, which it hides unless warnings are errors.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
