@@ -30,20 +30,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from align.errors import ModelError
 from align.layers import decoder_layers
-from align.llm import FrozenLLM
 
 TYPE = torch.float8_e4m3fn
-LARGEST = torch.finfo(TYPE).max
+GRADIENT_TYPE = TYPE
 MULTIPLE = 16
 """What `torch._scaled_mm` asks of K and N."""
 CAPABILITY = (9, 0)
 BACKWARDS = ("fp8", "bf16")
 
 
-def quantize_layers(llm: FrozenLLM, backward: str) -> None:
+def quantize_layers(model: PreTrainedModel, backward: str) -> None:
     """Puts an `Fp8Linear` in the place of each linear layer of the decoder layers.
 
     Embeddings, norms and the output layer stay as they are. Layer by layer, so that no second model
@@ -52,13 +52,13 @@ def quantize_layers(llm: FrozenLLM, backward: str) -> None:
     Raises ModelError for a CUDA device without fp8 products, a model whose layers are not known, or
     one with sizes that fp8 products do not take.
     """
-    device = llm.head.device
+    device = model.get_input_embeddings().weight.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         raise ModelError(
             f"llm.quantize=fp8: {torch.cuda.get_device_name(device)} has no fp8 products with a "
             "scale a row (compute capability 9.0: H100 or later); set llm.quantize=none"
         )
-    layers = decoder_layers(llm.model, "llm.quantize=fp8")
+    layers = decoder_layers(model, "llm.quantize=fp8")
     found = [
         (name, module) for name, module in layers.named_modules() if isinstance(module, nn.Linear)
     ]
@@ -154,7 +154,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         weight, scale = ctx.saved_tensors
         if ctx.is_fp8:
-            dx = multiply(*quantize_rows(grad), weight, scale, ctx.x_dtype)
+            dx = multiply(*quantize_rows(grad, GRADIENT_TYPE), weight, scale, ctx.x_dtype)
         else:
             # The scales go to the gradient: N of them instead of N * K.
             scaled = grad * scale.T.to(grad.dtype)

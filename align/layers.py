@@ -46,8 +46,8 @@ def prepare_layers(model: PreTrainedModel, compiled: bool, checkpointed: bool) -
     After all that changes the layers themselves (`align.fp8`), before FSDP2 wraps them.
 
     compiled: layer by layer, so that identical layers are compiled once: code and guards are those
-        of the class, the weights are inputs. The first shape is compiled as it is, the next
-        one with B and T left open, so that a run compiles two or three times in all.
+        of the class, the weights are inputs. Sizes are left open from the start: one graph for all
+        B > 1 and T, one for B = 1, and one more for the first layer, as what it is given is a view.
     checkpointed: only a layer's input is kept for the backward pass, in which the layer runs again.
 
     Raises ModelError as `decoder_layers` does.
@@ -57,6 +57,8 @@ def prepare_layers(model: PreTrainedModel, compiled: bool, checkpointed: bool) -
     asked_by = "train.compile=true" if compiled else "train.checkpoint_activations=true"
     for layer in decoder_layers(model, asked_by):
         written: Forward = layer.forward
+        # Left to itself, torch would compile for the first shape, then again for each size that it
+        # finds to differ: twice more.
         forward: Forward = torch.compile(written, dynamic=True) if compiled else written
         # Checkpointing is outside: what is compiled is then the same with and without it.
         if checkpointed:

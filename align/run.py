@@ -330,7 +330,7 @@ def _prepare(llm: FrozenLLM, config: RunConfig) -> None:
     """
     train = config.train
     if config.llm.quantize == "fp8":
-        quantize_layers(llm, config.llm.fp8_backward)
+        quantize_layers(llm.model, config.llm.fp8_backward)
     if train.packing:
         require_packing(llm.model)
     prepare_layers(llm.model, train.compile, train.checkpoint_activations)

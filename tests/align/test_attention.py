@@ -216,14 +216,30 @@ def test_sliding_windows_keep_their_mask_and_are_not_packed(tmp_path: Path) -> N
 
 def test_the_kernel_of_cuda_takes_what_it_is_given() -> None:
     """Names, shapes and groups of heads, on tensors without values: the kernel is CUDA's alone."""
-    query = torch.randn(1, 8, 30, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    key, value = (
-        torch.randn(1, 2, 30, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(2)
-    )
+    query, key, value = queries_keys_values(30)
     cumulative = torch.empty(5, dtype=torch.int32, device="meta")
     out = _varlen(query, key, value, cumulative, 20, 0.25)
     assert out.shape == (30, 8, 16)
     out.sum().backward()
     for each in (query, key, value):
         assert each.grad is not None and each.grad.shape == each.shape
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_the_kernel_of_cuda_is_compiled_once_and_whole() -> None:
+    """However many tokens and documents there are, and however long the longest is."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(_varlen, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens, documents, longest in ((30, 4, 20), (64, 7, 32), (50, 3, 33), (128, 2, 128)):
+        cumulative = torch.empty(documents + 1, dtype=torch.int32, device="meta")
+        out = compiled(*queries_keys_values(tokens), cumulative, longest, 0.25)
+        assert out.shape == (tokens, 8, 16)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def queries_keys_values(tokens: int) -> list[torch.Tensor]:
+    """bf16[1, heads, tokens, 16] without values: 8 heads of queries over 2."""
+    options: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
+    return [torch.randn(1, heads, tokens, 16, **options) for heads in (8, 2, 2)]

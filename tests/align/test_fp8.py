@@ -125,6 +125,25 @@ def test_bf16_in_bf16_out_under_autocast() -> None:
     assert torch.equal(y, multiply(quantised, scale, layer.weight, layer.scale, torch.bfloat16))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_a_layer_is_compiled_once_and_whole(backward: str) -> None:
+    """Quantising is a dozen small operations, which only compiled code puts into one."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    layer = Fp8Linear.of(linear(48, 64, bias=True).bfloat16(), backward)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 7, 48), (3, 5, 48), (4, 9, 48)):
+        x = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours, expected = compiled(x), layer(x)
+        assert torch.equal(ours, expected)
+        (gradient,) = torch.autograd.grad(ours.float().square().sum(), x)
+        assert torch.equal(gradient, torch.autograd.grad(expected.float().square().sum(), x)[0])
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_only_layers_are_replaced_and_their_weights_freed(folder: Path, backward: str) -> None:
     model = make_model(folder)
@@ -138,7 +157,7 @@ def test_only_layers_are_replaced_and_their_weights_freed(folder: Path, backward
         if isinstance(module, nn.Linear)
     ]
     size = sum(p.nbytes for p in llm.backbone.layers.parameters())
-    quantize_layers(llm, backward)
+    quantize_layers(llm.model, backward)
     gc.collect()
     assert len(weights) == 2 * 7 and all(weight() is None for weight in weights)
     assert llm.embedding.weight is embedding is llm.head and torch.equal(embedding, before)
@@ -156,7 +175,7 @@ def test_loss_and_gradients_are_near(folder: Path, backward: str) -> None:
     batch = random_parts().collate()
     exact = run_step(make_model(folder), batch)
     model = make_model(folder)
-    quantize_layers(model.llm, backward)
+    quantize_layers(model.llm.model, backward)
     step = run_step(model, batch)
     a = torch.cat([g.flatten() for g in step.gradients.values()])
     b = torch.cat([g.flatten() for g in exact.gradients.values()])
@@ -173,7 +192,7 @@ def test_a_connector_trained_in_fp8_learns_the_same(folder: Path, backward: str)
     def losses(quantised: bool) -> list[float]:
         model = make_model(folder)
         if quantised:
-            quantize_layers(model.llm, backward)
+            quantize_layers(model.llm.model, backward)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         found = []
         for _ in range(30):
@@ -194,7 +213,7 @@ def test_sizes_that_fp8_products_do_not_take(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"layer 0.mlp.gate_proj has 64 inputs and 100 outputs, .* multiples of 16"
     ):
-        quantize_layers(make_model(folder).llm, "fp8")
+        quantize_layers(make_model(folder).llm.model, "fp8")
 
 
 FP8 = ("llm.quantize=fp8", "train.steps=2", "train.save_every=2", "train.eval_every=0")

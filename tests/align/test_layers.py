@@ -125,17 +125,35 @@ def test_compiled_layers_compute_the_same_and_are_compiled_once(
             batch = random_parts(kinds).collate(length_multiple=multiple)
             apart = run_step(model, batch).apart(run_step(plain, batch))
             worst = max(worst[0], apart[0]), max(worst[1], apart[1])
-    # Measured worst case: 3e-7 of the loss, 1e-6 of the largest gradient.
-    assert worst[0] < 5e-6 and worst[1] < 1e-5, worst
-    # Three layers, ten shapes, one graph.
-    assert counters["stats"]["unique_graphs"] == 1, counters
-    # A batch of one row has a graph of its own, and packed ones, where the loop over documents (the
-    # CPU's, not CUDA's) cannot be compiled, two more parts.
-    for options in ({}, {"packed": True}, {"packed": True, "length_multiple": 64}):
-        batch = random_parts(MIXED[2:3] if not options else MIXED).collate(**options)
-        loss, gradient = run_step(model, batch).apart(run_step(plain, batch))
-        assert loss < 5e-6 and gradient < 1e-5
-    assert counters["stats"]["unique_graphs"] <= 6, counters
+    # Measured worst case: 1.2e-7 of the loss, 1.3e-6 of the largest gradient.
+    assert worst[0] < 1e-6 and worst[1] < 5e-6, worst
+    # Three layers, ten shapes: one graph, and one for the first layer, which is given a view.
+    assert counters["stats"]["unique_graphs"] == 2, counters
+    run_step(model, random_parts(MIXED[2:3]).collate())
+    assert counters["stats"]["unique_graphs"] == 4, counters  # the same two for a single row
     with torch.no_grad():
         batch = random_parts().collate()
-        torch.testing.assert_close(model(batch)[0], plain(batch)[0], rtol=5e-6, atol=0)
+        torch.testing.assert_close(model(batch)[0], plain(batch)[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_layers_keep_documents_apart(folder: Path) -> None:
+    """On the CPU the loop over documents cuts each layer's graph in two; CUDA's kernel does not,
+    see test_attention.py."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    plain, model = make_model(folder), prepared(folder, True, True)
+
+    def compare(kinds: Any, **options: Any) -> None:
+        batch = random_parts(kinds).collate(packed=True, **options)
+        loss, gradient = run_step(model, batch).apart(run_step(plain, batch))
+        assert loss < 1e-6 and gradient < 5e-6  # measured worst case: 2e-7, 1e-6
+
+    compare(MIXED, length_multiple=64)
+    compare(MIXED[1:])
+    graphs = counters["stats"]["unique_graphs"]
+    compare(MIXED * 2, length_multiple=16)
+    compare(MIXED[:3])
+    assert counters["stats"]["unique_graphs"] == graphs, counters
