@@ -15,6 +15,7 @@ from benchmarks import (
     bench_codecs,
     bench_decode,
     bench_fp8,
+    bench_layers,
     bench_open,
     bench_page_cache,
     bench_reader,
@@ -46,6 +47,16 @@ def test_bench_fp8() -> None:
     for model in ("small", "tiny"):
         assert 0 < away[model, "bf16", "gradient"] < away[model, "fp8", "gradient"] < 0.3
     assert len(bench_fp8.table(rows).splitlines()) == 2 + 2 * 4
+
+
+def test_bench_layers() -> None:
+    size = LanguageModel("small", 64, 2, 4, 2, 16, 128, 512)
+    rows = bench_layers.measure(size, 4, 2, 1, compiles=False, device="cpu")
+    kept = {(row["provider"], row["config"]["checkpointed"]): row["config"] for row in rows}
+    for layout in ("padded", "grouped", "packed"):
+        assert kept[layout, True]["kept_mb"] < kept[layout, False]["kept_mb"]
+    assert kept["packed", False]["padding"] == 0 < kept["grouped", False]["padding"]
+    assert len(bench_layers.table(rows).splitlines()) == 2 + 6
 
 
 def test_bench_codecs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from align.attention import _varlen, causal_attention
-from align.config import EvalConfig
+from align.config import EvalConfig, RunConfig
 from align.data.collate import Batch
 from align.data.templates import TemplateConfig
 from align.data.tokens import SampleEncoder
 from align.errors import ModelError
 from align.generate import generate
+from align.trainer import train
 from align.vlm import AlignModel
 from featcache.manifests import Record, Turn
+from featcache.store import Store
 from tests.support_steps import (
     MIXED,
     PATCHES,
@@ -200,6 +203,15 @@ def test_other_attention_is_not_packed(tmp_path: Path) -> None:
     assert eager(parts.collate())[1] == parts.collate().num_supervised
     with pytest.raises(ModelError, match=r"qwen3 model with llm.attention=eager cannot keep"):
         eager(parts.collate(packed=True))
+
+
+def test_a_run_that_cannot_pack_is_refused_before_it_starts(
+    store: Store, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = make_config("train.packing=true", "llm.attention=eager")
+    with pytest.raises(ModelError, match=r"packing takes .* set train.packing=false"):
+        train(config, [store.path], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_sliding_windows_keep_their_mask_and_are_not_packed(tmp_path: Path) -> None:

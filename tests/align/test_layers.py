@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from align.config import EvalConfig
+from align.config import EvalConfig, RunConfig
 from align.data.templates import TemplateConfig
 from align.data.tokens import SampleEncoder
 from align.errors import ModelError
 from align.generate import generate
 from align.layers import decoder_layers, prepare_layers
+from align.run import load_run
+from align.trainer import train
 from align.vlm import AlignModel
 from featcache.manifests import Record, Turn
+from featcache.store import Store
 from tests.support_steps import (
     MIXED,
     PATCHES,
@@ -98,6 +102,19 @@ def test_generation_runs_the_layers_as_written(folder: Path) -> None:
     torch._dynamo.utils.counters.clear()
     assert answer(both) == answer(plain)
     assert not torch._dynamo.utils.counters["frames"]
+
+
+def test_a_checkpointed_run_is_the_plain_one(
+    store: Store, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """From the setting on: the same weights bit for bit after some steps."""
+    weights = []
+    for setting in ("false", "true"):
+        out = tmp_path / setting
+        config = make_config(f"train.checkpoint_activations={setting}", "train.steps=3")
+        train(config, [store.path], out)
+        weights.append(load_run(out).model.connector.state_dict())
+    assert all(torch.equal(weights[1][name], each) for name, each in weights[0].items())
 
 
 def test_models_of_other_making_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
