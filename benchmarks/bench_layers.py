@@ -7,8 +7,8 @@ The same samples, of 64 visual tokens and 16 to 80 of text, go through forward a
 embeddings in micro-batches: as they come, padded to the longest; grouped by length, then padded;
 and packed. Each also with compiled layers, with checkpointing, and with both. "real" counts the
 tokens of samples, padding aside; its ceiling is the formula's FLOP at the rate of one large
-product. "kept" are the bytes of tensors kept for the backward pass of a micro-batch, weights aside: those of
-the largest.
+product. "kept" are the bytes of tensors kept for the backward pass, weights aside, of the
+micro-batch that keeps most.
 
 Results: benchmarks/results/layers.jsonl
 """
