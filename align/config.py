@@ -82,6 +82,15 @@ class TrainConfig:
     precision: str = "auto"
     """"fp32" or "bf16" (the frozen LLM in bf16, the connector's fp32 weights under autocast);
     "auto" is bf16 on CUDA and fp32 on the CPU."""
+    packing: bool = False
+    """Lays the samples of a batch in one row without padding, attention ending at their boundaries;
+    false pads them to the longest. Needs llm.attention=sdpa and a model of full attention."""
+    compile: bool = False
+    """Compiles the language model's decoder layers (torch.compile; needs a C++ compiler, and on
+    CUDA Triton): seconds before the first steps, for faster ones after."""
+    checkpoint_activations: bool = False
+    """Keeps only the input of each decoder layer for the backward pass and computes the layer once
+    more there: a third more time for memory that holds larger batches."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 200

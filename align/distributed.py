@@ -27,9 +27,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from align.errors import RankError
+from align.layers import decoder_layers
 from featcache.errors import ConfigError
 from featcache.executors.ranks import rank_from
 
@@ -144,26 +146,23 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def shard_layers(backbone: nn.Module, device: torch.device) -> None:
-    """Divides the parameters of a backbone's layers among all ranks with FSDP2; each layer is
+def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
+    """Divides the parameters of a model's decoder layers among all ranks with FSDP2; each layer is
     gathered when it is used, forward and backward, and the next one meanwhile.
 
-    backbone: a frozen model of transformers with `layers`, wherever its weights are.
-    device: where the shards go, and what is not sharded: embedding and last norm.
+    model: frozen, wherever its weights are. device: where the shards go, and what is not sharded:
+    embedding, last norm and output layer.
 
-    Raises ConfigError for a model without `layers`.
+    Raises ModelError for a model whose layers are not known.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    layers = getattr(backbone, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ConfigError(
-            f"train.shard_llm=true: a {type(backbone).__name__} has no list of layers to divide"
-        )
+    layers = decoder_layers(model, "train.shard_llm=true")
+    backbone = model.base_model
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     inside = {id(parameter) for parameter in layers.parameters()}
-    outside = {each for each in backbone.parameters() if id(each) not in inside}
+    outside = {each for each in model.parameters() if id(each) not in inside}
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     # The root, whose forward pass starts what is gathered ahead. The embedding is looked up before
@@ -171,7 +170,7 @@ def shard_layers(backbone: nn.Module, device: torch.device) -> None:
     fully_shard(backbone, mesh=mesh, ignored_params=outside)
     for parameter in outside:
         parameter.data = parameter.data.to(device)
-    for buffers in (module._buffers for module in backbone.modules()):
+    for buffers in (module._buffers for module in model.modules()):
         for name, buffer in buffers.items():
             buffers[name] = None if buffer is None else buffer.to(device)
 

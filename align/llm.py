@@ -48,11 +48,21 @@ class LLMConfig:
     """The existing token that the slots of an image carry. Its embedding is overwritten there."""
     attention: str = "sdpa"
     """Attention kernel as transformers names it: "sdpa", "eager", "flash_attention_2", ..."""
+    quantize: str = "none"
+    """"fp8" runs the linear layers of the decoder layers in fp8 (e4m3, a scale a row; H100 and
+    later; on the CPU exact and slow); "none" leaves them in `train.precision`. See align/fp8.py."""
+    fp8_backward: str = "fp8"
+    """With quantize=fp8, what the gradient to the layers' inputs is computed in: "fp8", with a
+    second copy of the weights, or "bf16", slower and in half the memory."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, one "field: reason" each."""
         if not self.name:
             yield "name: must not be empty"
+        if self.quantize not in ("none", "fp8"):
+            yield f'quantize: must be "none" or "fp8", got {self.quantize!r}'
+        if self.fp8_backward not in ("fp8", "bf16"):
+            yield f'fp8_backward: must be "fp8" or "bf16", got {self.fp8_backward!r}'
 
 
 @dataclass(slots=True)

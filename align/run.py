@@ -23,6 +23,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 import featcache
+from align.attention import require_packing
 from align.checkpoint import Checkpoint, find_checkpoint, load_connector
 from align.config import RunConfig, diff_fields, load_config
 from align.connectors import build_connector, check_connector
@@ -35,7 +36,9 @@ from align.data.tokens import SampleEncoder, check_template
 from align.distributed import ALONE, Ranks, shard_layers
 from align.errors import CheckpointError, RunError
 from align.flop import StepFlop, language_model_of
-from align.llm import SHIPPED, load_llm
+from align.fp8 import quantize_layers
+from align.layers import prepare_layers
+from align.llm import SHIPPED, FrozenLLM, LLMConfig, load_llm
 from align.vlm import AlignModel
 from featcache.codecs import LayerCodec, describe_codec, load_codec
 from featcache.device import resolve_device
@@ -157,6 +160,7 @@ class Run:
             self.model.connector.num_slots,
             self.stores.sizes_of,
             self.model.device,
+            self.limits,
         )
 
     @property
@@ -200,7 +204,9 @@ class Run:
     def limits(self) -> BatchLimits:
         """What one forward pass may hold."""
         train = self.config.train
-        return BatchLimits(train.batch_size, train.batch_tokens, train.length_multiple)
+        return BatchLimits(
+            train.batch_size, train.batch_tokens, train.length_multiple, train.packing
+        )
 
     def flop(self, batch: Batch) -> int | None:
         """Operations that a training step over a batch needs (align/flop.py); None where those of
@@ -221,7 +227,7 @@ class Run:
         `data` has digests of the training samples in their order (ids, image keys and turns), of
         those images' bytes, of what was held out, and of the shards where these decide the order of
         the samples. `precision` is what `train.precision` came
-        to on the device.
+        to on the device; `quantized` is None, or how the language model was.
         """
         if self._data is None:  # once: there may be half a million samples
             digest, images = xxhash.xxh3_64(), xxhash.xxh3_64()
@@ -253,6 +259,7 @@ class Run:
                 for store, layer in zip(self.stores.stores, self.layers, strict=True)
             ],
             "precision": "fp32" if self.model.autocast is None else "bf16",
+            "quantized": _quantized(self.config.llm),
             "data": self._data,
             "versions": versions(),
         }
@@ -343,11 +350,12 @@ def _build(
     shards = config.train.shard_llm and ranks.count > 1
     place = torch.device("cpu") if shards else device  # whole, it may not fit the device
     llm = load_llm(config.llm, place, None if as_stored else dtype)
-    if shards:
-        shard_layers(llm.backbone, device)
-        llm.model.get_output_embeddings().to(device)
-        llm.is_sharded = True
     check_template(llm.tokenizer, config.template)
+    if not as_stored:
+        _prepare(llm, config)
+    if shards:  # last: it looks at the layers as they are then
+        shard_layers(llm.model, device)
+        llm.is_sharded = True
     torch.manual_seed(config.train.seed)
     connector = build_connector(
         config.connector, towers, llm.hidden_size, config.layout, padded=padded
@@ -357,6 +365,24 @@ def _build(
         llm.tokenizer, config.template, llm.image_token_id, config.data.max_length
     )
     return model, encoder
+
+
+def _prepare(llm: FrozenLLM, config: RunConfig) -> None:
+    """Makes the language model compute as the settings say.
+
+    Raises ModelError where it cannot, ConfigError for settings that exclude one another.
+    """
+    train = config.train
+    if config.llm.quantize == "fp8" and train.shard_llm:
+        raise ConfigError(
+            "llm.quantize=fp8, train.shard_llm=true: what is quantised is not divided among ranks; "
+            "choose one of them"
+        )
+    if config.llm.quantize == "fp8":
+        quantize_layers(llm.model, config.llm.fp8_backward)
+    if train.packing:
+        require_packing(llm.model)
+    prepare_layers(llm.model, train.compile, train.checkpoint_activations)
 
 
 def _widths(model: AlignModel) -> dict[str, Any]:
@@ -528,6 +554,12 @@ def _check_same_model(state: dict[str, Any], model: AlignModel, checkpoint: Chec
             f"{', '.join(map(str, towers))}, the features here have "
             f"{', '.join(map(str, model.connector.towers))}; use the stores it was trained on"
         )
+
+
+def _quantized(llm: LLMConfig) -> dict[str, str] | None:
+    if llm.quantize == "none":
+        return None
+    return {"type": llm.quantize, "backward": llm.fp8_backward}
 
 
 def versions() -> dict[str, str]:

@@ -58,6 +58,8 @@ FREE_TO_CHANGE = (
     "train.device",
     "train.cache_dir",
     "train.cache_gb",
+    "train.checkpoint_activations",
+    "train.compile",
     "train.eval_every",
     "train.eval_samples",
     "train.keep_best",
@@ -65,6 +67,7 @@ FREE_TO_CHANGE = (
     "train.length_multiple",
     "train.log_every",
     "train.not_finite",
+    "train.packing",
     "train.precision",
     "train.read_ahead",
     "train.read_budget_mb",
@@ -120,9 +123,9 @@ class Session:
 
     def batches(self) -> Generator[tuple[Batch, bool], None, None]:
         """This rank's batches of the steps that are left, see `Loader.stream_steps`."""
-        run, ranks = self.run, self.ranks
-        steps = self.sampler.steps(run.step, self.total_steps)
-        return self.loader.stream_steps(steps, run.limits, ranks.index, ranks.count)
+        ranks = self.ranks
+        steps = self.sampler.steps(self.run.step, self.total_steps)
+        return self.loader.stream_steps(steps, ranks.index, ranks.count)
 
     def tell(self, event: E) -> E:
         """Passes an event on, and into metrics.jsonl where it belongs there."""

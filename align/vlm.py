@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from align.attention import causal_attention, of_documents, require_packing
 from align.connectors import Connector, Size
 from align.data.collate import Batch
 from align.errors import DataError, listed
@@ -28,7 +29,8 @@ class AlignModel(nn.Module):
     2. Text embeddings are looked up without gradient; those of the slots are replaced, out of
        place, in their order.
     3. The frozen backbone runs causally. Padding is on the right, so no real position looks at it
-       and no mask is needed: the plain causal kernel runs.
+       and no mask is needed: the plain causal kernel runs. In a packed row each document looks at
+       itself alone (`align.attention`).
     4. The supervised positions alone go through the output layer and the cross-entropy.
 
     Only the connector's parameters belong to this module; the language model is kept beside it, so
@@ -74,18 +76,25 @@ class AlignModel(nn.Module):
         embeds = torch.zeros(
             1, 1, self.llm.hidden_size, dtype=self.llm.head.dtype, device=self.device
         ).requires_grad_(torch.is_grad_enabled())
-        with self.precision():
+        with self.precision(), causal_attention(self.llm.model):
             hidden = self.llm.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
         if torch.is_grad_enabled():
             hidden.sum().backward()
 
     def supervised_hidden(self, batch: Batch) -> Tensor:
-        """float[N, H]: what the output layer makes the supervised tokens' logits of."""
-        with self.precision():
+        """float[N, H]: what the output layer makes the supervised tokens' logits of.
+
+        Raises ModelError for a packed batch that the language model cannot keep apart.
+        """
+        if batch.documents is not None:
+            require_packing(self.llm.model)
+        with self.precision(), causal_attention(self.llm.model):
             embeds = self.inject(
                 batch.input_ids, batch.slots, self.visual(batch.features, batch.sizes)
             )
-            hidden = self.llm.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            hidden = self.llm.backbone(
+                inputs_embeds=embeds, use_cache=False, **of_documents(batch.documents)
+            ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.predictors)
 
     def visual(self, features: Sequence[StoredFeatures | Tensor], sizes: Sequence[Size]) -> Tensor:

@@ -9,10 +9,13 @@ import pytest
 
 from align.bench import extract
 from align.demo.run import QUICK
+from align.flop import LanguageModel
 from benchmarks import (
     bench_codec_loss,
     bench_codecs,
     bench_decode,
+    bench_fp8,
+    bench_layers,
     bench_open,
     bench_page_cache,
     bench_reader,
@@ -33,6 +36,27 @@ def test_bench_write(tmp_path: Path) -> None:
         (codec, stage) for codec in CODECS for stage in ("encode", "place", "write")
     ]
     assert all(row["p50"] > 0 for row in rows)
+
+
+def test_bench_fp8() -> None:
+    size = LanguageModel("small", 64, 2, 4, 2, 16, 128, 512)
+    rows = bench_fp8.measure(bench_fp8.random_case(size, 2, 12, 3, "cpu"), 1, compiled=False)
+    rows += bench_fp8.measure(bench_fp8.tiny_case("cpu"), 1, compiled=False)
+    away = {(row["config"]["model"], row["provider"], row["metric"]): row["p50"] for row in rows}
+    assert len(away) == len(rows) == 2 * 4 * 2
+    for model in ("small", "tiny"):
+        assert 0 < away[model, "bf16", "gradient"] < away[model, "fp8", "gradient"] < 0.3
+    assert len(bench_fp8.table(rows).splitlines()) == 2 + 2 * 4
+
+
+def test_bench_layers() -> None:
+    size = LanguageModel("small", 64, 2, 4, 2, 16, 128, 512)
+    rows = bench_layers.measure(size, 4, 2, 1, compiles=False, device="cpu")
+    kept = {(row["provider"], row["config"]["checkpointed"]): row["config"] for row in rows}
+    for layout in ("padded", "grouped", "packed"):
+        assert kept[layout, True]["kept_mb"] < kept[layout, False]["kept_mb"]
+    assert kept["packed", False]["padding"] == 0 < kept["grouped", False]["padding"]
+    assert len(bench_layers.table(rows).splitlines()) == 2 + 6
 
 
 def test_bench_codecs() -> None:

@@ -316,7 +316,15 @@ class Live(_Ours[_LiveBatch]):
                 self.tokenized[i] = self.parts.encoder.encode(self.samples[i].record, slots)
         rows = np.concatenate([sample.rows for sample in samples])
         tokenized = [self.tokenized[i] for i in indices.tolist()]
-        text = collate(tokenized, samples, [], self.parts.stores.sizes_of(rows))
+        limits = self.parts.limits
+        text = collate(
+            tokenized,
+            samples,
+            [],
+            self.parts.stores.sizes_of(rows),
+            packed=limits.packed,
+            length_multiple=limits.length_multiple,
+        )
         pixels = self.encoder.collate([image.result() for image in images])
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device)

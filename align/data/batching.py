@@ -39,7 +39,12 @@ class BatchLimits:
 
     def padded(self, length: int) -> int:
         """The next multiple of `length_multiple`."""
-        return -(-length // self.length_multiple) * self.length_multiple
+        return round_up(length, self.length_multiple)
+
+
+def round_up(length: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-length // multiple) * multiple
 
 
 def divide(

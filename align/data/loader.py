@@ -52,6 +52,7 @@ class Loader:
 
     num_slots: of an image of some original size. sizes_of: see `StoreJoin.sizes_of`.
     device: where the features of a stream are wanted; None leaves them where they were read.
+    limits: of a forward pass, and how samples are laid into it.
     skipped: samples that turned out, once tokenised, to have nothing to learn.
     """
 
@@ -61,6 +62,7 @@ class Loader:
     num_slots: Callable[[Size], int]
     sizes_of: Callable[[NDArray[np.int64]], list[Size]]
     device: torch.device | None = None
+    limits: BatchLimits = field(default_factory=lambda: BatchLimits(1))
     skipped: LeftOut = field(default_factory=LeftOut)
     _tokenized: dict[int, TokenizedSample] = field(default_factory=dict, repr=False)
     _unusable: set[int] = field(default_factory=set, repr=False)
@@ -75,9 +77,10 @@ class Loader:
                 yield batch
 
     def stream_steps(
-        self, steps: Iterable[NDArray[np.int64]], limits: BatchLimits, rank: int = 0, ranks: int = 1
+        self, steps: Iterable[NDArray[np.int64]], rank: int = 0, ranks: int = 1
     ) -> Generator[tuple[Batch, bool], None, None]:
-        """The batches that one rank takes of each step, and whether each is the step's last one.
+        """The batches within `limits` that one rank takes of each step, and whether each is the
+        step's last one.
 
         steps: indices of the samples of each step, over all ranks. All ranks have equally many
         batches in a step, at least one; some may be without rows. Valid as those of `stream`.
@@ -86,7 +89,7 @@ class Loader:
         def cut(indices: NDArray[np.int64]) -> list[_Part]:
             whole = self._tokenize(indices)
             lengths = [len(each.input_ids) for each in whole.tokenized]
-            mine = divide(lengths, limits, ranks)[rank] or [np.empty(0, np.int64)]
+            mine = divide(lengths, self.limits, ranks)[rank] or [np.empty(0, np.int64)]
             return [
                 _Part(
                     [whole.tokenized[i] for i in places],
@@ -125,7 +128,14 @@ class Loader:
                 yield part, self._collate(part, features)
 
     def _collate(self, part: _Part, features: Sequence[StoredFeatures]) -> Batch:
-        return collate(part.tokenized, part.samples, features, self.sizes_of(self._rows(part)))
+        return collate(
+            part.tokenized,
+            part.samples,
+            features,
+            self.sizes_of(self._rows(part)),
+            packed=self.limits.packed,
+            length_multiple=self.limits.length_multiple,
+        )
 
     def _rows(self, part: _Part) -> NDArray[np.int64]:
         """int64[I, K]: of all its images."""

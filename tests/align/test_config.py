@@ -99,6 +99,8 @@ def test_every_problem_at_once_with_its_path_and_a_suggestion() -> None:
         ("connector.name=resmapler", "no connector 'resmapler', did you mean `resampler`?"),
         ("connector.position=spiral", 'connector.position: must be "none", "learned" or "sincos"'),
         ("train=3", "train: is a section, e.g. train.FIELD=VALUE"),
+        ("llm.quantize=int4", 'llm.quantize: must be "none" or "fp8", got'),
+        ("llm.fp8_backward=fp32", 'llm.fp8_backward: must be "fp8" or "bf16", got'),
         ("train.precision=fp8", 'train.precision: must be "auto", "fp32" or "bf16", got'),
         (
             "template.name=qwen2",

@@ -57,7 +57,7 @@ def test_however_a_step_is_cut_it_learns_the_same(
 def test_a_budget_is_kept(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("train.batch_size=20", "train.batch_tokens=80", "train.length_multiple=8")
     run = assemble(config, [store.path], tmp_path)
-    batches = list(run.loader("train").stream_steps(run.sampler().steps(0, 3), run.limits))
+    batches = list(run.loader("train").stream_steps(run.sampler().steps(0, 3)))
     assert [ends for _, ends in batches].count(True) == 3
     for batch, _ in batches:
         B, T = batch.input_ids.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from align.llm import FrozenLLM
 from featcache.join import StoreJoin
 from featcache.manifests import Record
 from featcache.store import Store
+from tests.support_steps import random_parts
 
 Q = 2
 
@@ -135,3 +137,84 @@ def test_a_failing_read_names_the_store(
     loader = make_loader(featcache.open(broken), samples, llm)
     with pytest.raises(StoreError):
         list(loader.stream(in_order(len(samples), 4)))
+
+
+def test_packed_samples_lie_one_after_another() -> None:
+    parts = random_parts()
+    lengths = [len(sample.input_ids) for sample in parts.tokenized]
+    padded, packed = parts.collate(), parts.collate(packed=True)
+    assert padded.documents is None and packed.documents is not None
+    ends = packed.documents.cumulative.tolist()
+    assert ends == np.cumsum([0, *lengths]).tolist()
+    assert packed.documents.cumulative.dtype == torch.int32
+    assert packed.documents.longest == max(lengths)
+    assert packed.input_ids.shape == (1, sum(lengths))
+    positions = [t for length in lengths for t in range(length)]
+    assert packed.documents.positions.tolist() == [positions]
+    for i, sample in enumerate(parts.tokenized):
+        own = slice(ends[i], ends[i + 1])
+        assert packed.input_ids[0, own].tolist() == sample.input_ids.tolist()
+        assert packed.labels[0, own].tolist() == sample.labels.tolist()
+        assert packed.is_slot[0, own].tolist() == sample.is_slot.tolist()
+    assert torch.equal(packed.slots, packed.is_slot.flatten().nonzero().flatten())
+    # The same tokens predict the same ones: none the first token of the next document.
+    T = padded.input_ids.shape[1]
+    expected = [ends[p // T] + p % T for p in padded.predictors.tolist()]
+    assert packed.predictors.tolist() == expected
+    assert torch.equal(packed.targets, padded.targets)
+    assert (packed.ids, packed.keys, packed.sizes) == (padded.ids, padded.keys, padded.sizes)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "multiple", "shape", "ends", "longest"),
+    [
+        # (tokens, images) of the samples; B x T; where documents end; the longest
+        (((9, 0), (3, 0)), 8, (1, 16), [9, 12, 16], 16),
+        (((9, 0), (7, 0)), 8, (1, 16), [9, 16], 16),
+        (((9, 0), (7, 0)), 1, (1, 16), [9, 16], 9),
+        ((), 8, (1, 0), [], 0),
+    ],
+)
+def test_packed_rows_of_static_shape(
+    kinds: tuple[tuple[int, int], ...],
+    multiple: int,
+    shape: tuple[int, int],
+    ends: list[int],
+    longest: int,
+) -> None:
+    batch = random_parts(kinds).collate(packed=True, length_multiple=multiple)
+    assert batch.documents is not None
+    assert tuple(batch.input_ids.shape) == shape
+    assert batch.documents.cumulative.tolist() == [0, *ends]
+    assert batch.documents.longest == longest
+    starts = [0, *ends]
+    positions = [t for a, b in itertools.pairwise(starts) for t in range(b - a)]
+    assert batch.documents.positions.tolist() == [positions]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "multiple", "shape"),
+    [(((9, 0), (3, 0)), 8, (2, 16)), (((8, 0), (3, 0)), 8, (2, 8)), ((), 8, (0, 0))],
+)
+def test_padded_rows_of_static_shape(
+    kinds: tuple[tuple[int, int], ...], multiple: int, shape: tuple[int, int]
+) -> None:
+    parts = random_parts(kinds)
+    batch = parts.collate(length_multiple=multiple)
+    assert tuple(batch.input_ids.shape) == shape
+    for b, sample in enumerate(parts.tokenized):
+        assert batch.labels[b, : len(sample.labels)].tolist() == sample.labels.tolist()
+        assert (batch.labels[b, len(sample.labels) :] == IGNORE).all()
+    assert (batch.labels[len(kinds) :] == IGNORE).all()
+    assert batch.num_supervised == sum(sample.num_supervised for sample in parts.tokenized)
+    assert len(batch.ids) == len(kinds)
+
+
+def test_a_packed_batch_moves_whole() -> None:
+    batch = random_parts().collate(packed=True)
+    moved = batch.to(torch.device("meta"))
+    assert moved.documents is not None and batch.documents is not None
+    tensors = [moved.input_ids, moved.slots, moved.predictors, moved.targets, *moved.features]
+    tensors += [moved.documents.cumulative, moved.documents.positions]
+    assert all(isinstance(each, torch.Tensor) and each.is_meta for each in tensors)
+    assert moved.documents.longest == batch.documents.longest
