@@ -50,7 +50,7 @@ def measure(part: Part, out: Path, flags: list[str], limit_s: float) -> str | No
     argv = [
         sys.executable, "-m", "cli.align", "bench", "step", "--llm", part.llm, "--random-weights",
         "--tokens", "64", "--batch-size", part.batch_sizes, "--images", "512", "--out", str(out),
-        "--minutes", f"{max(0.0, limit_s - LAST_ROUND_S) / 60:.2f}", *flags,
+        "--dir", str(out.parent), "--minutes", f"{max(0.0, limit_s - LAST_ROUND_S) / 60:.2f}", *flags,
     ]  # fmt: skip
     process = subprocess.Popen(argv, cwd=ROOT, start_new_session=True)
     try:
