@@ -47,10 +47,11 @@ PARTS = (
 
 def measure(part: Part, out: Path, flags: list[str], limit_s: float) -> str | None:
     """Rows go to `out`, also those of a part of the part. Returns what went wrong, if anything."""
+    minutes = max(0.0, limit_s - LAST_ROUND_S) / 60
     argv = [
         sys.executable, "-m", "cli.align", "bench", "step", "--llm", part.llm, "--random-weights",
         "--tokens", "64", "--batch-size", part.batch_sizes, "--images", "512", "--out", str(out),
-        "--minutes", f"{max(0.0, limit_s - LAST_ROUND_S) / 60:.2f}", *flags,
+        "--dir", str(out.parent), "--minutes", f"{minutes:.2f}", *flags,
     ]  # fmt: skip
     process = subprocess.Popen(argv, cwd=ROOT, start_new_session=True)
     try:
