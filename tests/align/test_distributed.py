@@ -40,6 +40,14 @@ RUNS: dict[str, tuple[str, ...]] = {
     "budget": (*HALF, "train.batch_tokens=60"),
     "sharded": (*HALF, "train.shard_llm=true"),
     "sharded_budget": (*HALF, "train.shard_llm=true", "train.batch_tokens=60"),
+    "packed": (*HALF, "train.packing=true", "train.batch_tokens=60"),
+    "sharded_all": (
+        *HALF,
+        "train.shard_llm=true",
+        "train.packing=true",
+        "train.batch_tokens=60",
+        "train.checkpoint_activations=true",
+    ),
     "dropout": (*HALF, "connector.dropout=0.2"),
     "dropout_again": (*HALF, "connector.dropout=0.2"),
 }
@@ -122,7 +130,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(find_checkpoint(run / "checkpoints").path / "connector.safetensors")
 
 
-@pytest.mark.parametrize("name", ["two", "accumulated", "budget", "sharded", "sharded_budget"])
+@pytest.mark.parametrize("name", [name for name in RUNS if "dropout" not in name])
 def test_the_same_losses_as_one_process(runs: Path, name: str) -> None:
     for kind in ("train", "eval"):
         assert losses(runs / name, kind) == pytest.approx(losses(runs / "whole", kind), TOLERANCE)

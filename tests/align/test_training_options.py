@@ -43,6 +43,9 @@ def losses(run: Path) -> list[float]:
         ("train.batch_size=12", "train.batch_tokens=70"),
         ("train.batch_size=12", "train.length_multiple=16"),
         ("train.batch_size=6", "train.grad_accum=2", "train.batch_tokens=1"),
+        ("train.batch_size=12", "train.packing=true"),
+        ("train.batch_size=12", "train.packing=true", "train.batch_tokens=90"),
+        ("train.batch_size=12", "train.checkpoint_activations=true"),
     ],
 )
 def test_however_a_step_is_cut_it_learns_the_same(
@@ -120,6 +123,14 @@ def test_a_step_that_is_not_finite_is_skipped(
         train(config, [damaged], tmp_path / "cut", on_event=stop_after(12))
     train(config, [damaged], tmp_path / "cut", resume=True)
     assert_same_runs(tmp_path / "run", tmp_path / "cut")
+
+
+def test_what_excludes_another_is_refused(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config("llm.quantize=fp8", "train.shard_llm=true")
+    with pytest.raises(ConfigError, match=r"llm.quantize=fp8, train.shard_llm=true: .* choose one"):
+        train(config, [store.path], tmp_path / "run")
 
 
 def test_ten_in_a_row_end_a_run_that_skips(
