@@ -148,11 +148,15 @@ class Run:
         """
         if split not in self._loaders:
             samples = self.splits.split(split)
-            self._loaders[split] = self.loader_of(samples)
+            limits = self.limits if split == "train" else None
+            self._loaders[split] = self.loader_of(samples, limits)
         return self._loaders[split]
 
-    def loader_of(self, samples: Sequence[Sample]) -> Loader:
-        """Batches of these samples, read by the run's reader onto its device."""
+    def loader_of(self, samples: Sequence[Sample], limits: BatchLimits | None = None) -> Loader:
+        """Batches of these samples, read by the run's reader onto its device.
+
+        limits: of a training; None pads each batch to its longest sample.
+        """
         return Loader(
             self.reader,
             samples,
@@ -160,7 +164,7 @@ class Run:
             self.model.connector.num_slots,
             self.stores.sizes_of,
             self.model.device,
-            self.limits,
+            limits,
         )
 
     @property

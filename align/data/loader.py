@@ -52,7 +52,8 @@ class Loader:
 
     num_slots: of an image of some original size. sizes_of: see `StoreJoin.sizes_of`.
     device: where the features of a stream are wanted; None leaves them where they were read.
-    limits: of a forward pass, and how samples are laid into it.
+    limits: of a training's forward passes, and how samples are laid into them; None pads each batch
+    to its longest sample, whatever its size.
     skipped: samples that turned out, once tokenised, to have nothing to learn.
     """
 
@@ -62,7 +63,7 @@ class Loader:
     num_slots: Callable[[Size], int]
     sizes_of: Callable[[NDArray[np.int64]], list[Size]]
     device: torch.device | None = None
-    limits: BatchLimits = field(default_factory=lambda: BatchLimits(1))
+    limits: BatchLimits | None = None
     skipped: LeftOut = field(default_factory=LeftOut)
     _tokenized: dict[int, TokenizedSample] = field(default_factory=dict, repr=False)
     _unusable: set[int] = field(default_factory=set, repr=False)
@@ -85,11 +86,13 @@ class Loader:
         steps: indices of the samples of each step, over all ranks. All ranks have equally many
         batches in a step, at least one; some may be without rows. Valid as those of `stream`.
         """
+        limits = self.limits
+        assert limits is not None, "a loader that is not of a training"
 
         def cut(indices: NDArray[np.int64]) -> list[_Part]:
             whole = self._tokenize(indices)
             lengths = [len(each.input_ids) for each in whole.tokenized]
-            mine = divide(lengths, self.limits, ranks)[rank] or [np.empty(0, np.int64)]
+            mine = divide(lengths, limits, ranks)[rank] or [np.empty(0, np.int64)]
             return [
                 _Part(
                     [whole.tokenized[i] for i in places],
@@ -133,8 +136,8 @@ class Loader:
             part.samples,
             features,
             self.sizes_of(self._rows(part)),
-            packed=self.limits.packed,
-            length_multiple=self.limits.length_multiple,
+            packed=self.limits is not None and self.limits.packed,
+            length_multiple=1 if self.limits is None else self.limits.length_multiple,
         )
 
     def _rows(self, part: _Part) -> NDArray[np.int64]:

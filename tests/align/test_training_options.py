@@ -15,7 +15,8 @@ import featcache
 from align.checkpoint import find_checkpoint
 from align.config import RunConfig
 from align.errors import AlignError, RunError
-from align.run import assemble
+from align.evaluate import evaluate
+from align.run import assemble, load_run
 from align.tracking import Event, NoticeEvent, StepEvent, read_metrics
 from align.trainer import train
 from featcache.errors import ConfigError
@@ -55,6 +56,18 @@ def test_however_a_step_is_cut_it_learns_the_same(
     train(make_config("train.batch_size=12"), [store.path], tmp_path / "whole")
     train(make_config(*overrides), [store.path], tmp_path / "cut")
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), 1e-6)
+
+
+def test_a_packed_run_is_evaluated_like_any(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Loss and hits of each sample are its own, not its row's."""
+    train(make_config("train.packing=true"), [store.path], tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    plain = load_run(tmp_path / "run", overrides=["train.packing=false"])
+    packed, padded = evaluate(run).captions, evaluate(plain).captions
+    assert [caption.tokens for caption in packed] == [caption.tokens for caption in padded]
+    assert packed == padded
 
 
 def test_a_budget_is_kept(store: Store, make_config: MakeConfig, tmp_path: Path) -> None:
