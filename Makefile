@@ -27,8 +27,8 @@ lint: $(READY)
 
 bench: $(PEERS)
 	$(BIN)/python benchmarks/bench_store.py --quick --out build/bench/store.jsonl
-	$(BIN)/python benchmarks/plot_store.py build/bench/store.jsonl build/bench/store.png
-	$(BIN)/python benchmarks/plot_store.py benchmarks/results/store.jsonl docs/images/store.png
+	$(BIN)/python benchmarks/plot.py store build/bench/store.jsonl build/bench/store.png
+	$(BIN)/python benchmarks/plot.py store benchmarks/results/store.jsonl docs/images/store.png
 
 $(READY): pyproject.toml setup.py featcache/_gather.c constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "featcache needs Python 3.11 or newer; try: make PYTHON=python3.12")'

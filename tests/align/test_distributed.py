@@ -174,23 +174,24 @@ def long_run(store: Store, make_config: MakeConfig, tmp_path: Path) -> list[str]
     return ["-m", "cli.align", *command, "--json"]
 
 
-def wait_for_step(run: Path, process: subprocess.Popen[str]) -> None:
+def start(command: list[str], run: Path) -> subprocess.Popen[str]:
+    """A training that has logged some steps."""
+    process = subprocess.Popen(
+        command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
         assert process.poll() is None, process.communicate()[1][-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return process
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_it(
     long_run: list[str], tmp_path: Path, sent: signal.Signals
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, *long_run], env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    wait_for_step(tmp_path / "run", process)
+    process = start([sys.executable, *long_run], tmp_path / "run")
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + sent, err
@@ -205,11 +206,7 @@ def test_a_signal_saves_and_ends_it(
 
 def test_torchrun_passes_a_signal_on(long_run: list[str], tmp_path: Path) -> None:
     """As when a machine is taken back: every rank stops at the same step."""
-    process = subprocess.Popen(
-        torchrun(*long_run), env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    wait_for_step(tmp_path / "run", process)
+    process = start(torchrun(*long_run), tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert "stopped by SIGTERM with a checkpoint" in err
@@ -218,11 +215,7 @@ def test_torchrun_passes_a_signal_on(long_run: list[str], tmp_path: Path) -> Non
 
 
 def test_a_rank_that_dies_ends_the_job(long_run: list[str], tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        torchrun(*long_run), env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    wait_for_step(tmp_path / "run", process)
+    process = start(torchrun(*long_run), tmp_path / "run")
     listed = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", "cli.align"], capture_output=True, text=True
     )
