@@ -4,8 +4,8 @@
     eight        torchrun --nproc-per-node 8 -m cli.align train --features STORE ...
     more         torchrun --nnodes N ... on each machine, or srun (MASTER_ADDR and MASTER_PORT set)
 
-The connector is the same in all ranks and small, so data parallelism is one all-reduce of its
-summed gradients at a step's end. It has no overlap with the backward pass to lose: gradients of the
+The connector is the same in all ranks and small, so data parallelism is a sum of its gradients
+over all ranks at a step's end. It has no overlap with the backward pass to lose: gradients of the
 connector are the last thing that one computes. What DDP would add, hooks and buckets and equal
 numbers of forward passes, is not needed (docs/decisions.md).
 
@@ -20,10 +20,12 @@ same step, and at once of a rank that died, while no device is waited for.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,12 @@ from transformers import PreTrainedModel
 from align.errors import RankError
 from align.layers import decoder_layers
 from featcache.errors import ConfigError
-from featcache.executors.ranks import rank_from
+from featcache.executors.ranks import Rank, rank_from
+
+T = TypeVar("T")
+
+_LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|[Bb]roken pipe")
+"""In messages of collectives that lost another process."""
 
 TIMEOUT = timedelta(minutes=30)
 """For another rank to arrive; rank 0 may write a checkpoint to a slow disk meanwhile."""
@@ -43,7 +50,8 @@ TIMEOUT = timedelta(minutes=30)
 class Ranks:
     """The processes of one training. index: this one's place among `count`. local: on its machine.
 
-    Of one process all methods return at once.
+    Of one process all methods return at once. Where another rank has ended they raise what torch
+    does, which `joined_ranks` turns into a RankError.
     """
 
     index: int = 0
@@ -56,10 +64,7 @@ class Ranks:
         return self.index == 0
 
     def sum_counts(self, *counts: int) -> list[int]:
-        """Each count summed over all ranks, through the CPU.
-
-        Raises RankError where another rank has ended.
-        """
+        """Each count summed over all ranks, through the CPU."""
         if self.count == 1:
             return list(counts)
         total = torch.tensor(counts)
@@ -67,34 +72,31 @@ class Ranks:
         return [int(each) for each in total]
 
     def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
-        """Sums each over all ranks, in place.
-
-        Raises RankError where another rank has ended.
-        """
+        """Sums each over all ranks, in place."""
         if self.count > 1:
             self._all_reduce(tensors)
 
     def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrites each with what rank 0 has.
-
-        Raises RankError where another rank has ended.
-        """
+        """Overwrites each with what rank 0 has."""
         if self.count > 1:
-            with _reported():
-                for tensor in tensors:
-                    dist.broadcast(tensor, src=0)
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank has, in their order; anything that can be pickled."""
+        if self.count == 1:
+            return [value]
+        values: list[T | None] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return cast(list[T], values)
 
     def wait(self) -> None:
-        """Until all ranks are here.
-
-        Raises RankError where another rank has ended.
-        """
+        """Until all ranks are here."""
         self.sum_counts(0)
 
     def _all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        with _reported():
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
 
 
 ALONE = Ranks()
@@ -106,27 +108,25 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
 
     Inside a process group of the caller's own, that one is used and left as it is.
 
-    device: what the run computes on; each rank of a machine takes the GPU of its own number.
+    device: what the run computes on; each rank of a machine takes the GPU of its own number, or the
+    only one that it sees.
 
-    Raises ConfigError where there are more ranks on a machine than GPUs, or where they cannot find
-    one another.
+    Raises ConfigError where there are more ranks on a machine than GPUs, where all would take the
+    same one, or where the launcher did not say where rank 0 is; from inside, RankError in place of
+    what torch raises when another rank has ended.
     """
     if dist.is_initialized():
         local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local)
+        with _lost_ranks_told():
+            yield Ranks(dist.get_rank(), dist.get_world_size(), local)
         return
     rank = rank_from(os.environ)
     if rank is None:
         yield ALONE
         return
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        if rank.local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"{rank}: this machine has {torch.cuda.device_count()} GPUs for {rank.local_world} "
-                "ranks; start one for each GPU"
-            )
-        torch.cuda.set_device(rank.local)
+    gpu = _gpu_of(rank, device) if device.type == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ConfigError(
@@ -134,16 +134,33 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
                 "first machine's address and a free port, or start with torchrun"
             )
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
         rank=rank.index,
         world_size=rank.world,
         timeout=TIMEOUT,
-        device_id=torch.device("cuda", rank.local) if on_cuda else None,
+        device_id=gpu,
     )
     try:
-        yield Ranks(rank.index, rank.world, rank.local)
+        with _lost_ranks_told():
+            yield Ranks(rank.index, rank.world, rank.local)
     finally:
         dist.destroy_process_group()
+
+
+def _gpu_of(rank: Rank, device: torch.device) -> torch.device:
+    """Raises ConfigError as `joined_ranks` says."""
+    if device.index is not None:
+        raise ConfigError(
+            f"train.device={device}: all ranks of a machine would take it; set train.device=cuda"
+        )
+    visible = torch.cuda.device_count()
+    if rank.local >= visible > 1:
+        raise ConfigError(
+            f"{rank}: this machine has {visible} GPUs for {rank.local_world} ranks; start one for "
+            "each GPU"
+        )
+    # srun --gpus-per-task=1 shows each rank a GPU of its own.
+    return torch.device("cuda", rank.local if visible > 1 else 0)
 
 
 def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
@@ -176,13 +193,16 @@ def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
-    """What a collective raises when another process is gone, as one line."""
+def _lost_ranks_told() -> Iterator[None]:
+    """What a collective raises when another process is gone, wherever it was begun, as one line."""
     try:
         yield
     except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, dist.DistError) and not _LOST.search(text):
+            raise
         # gloo begins with a place in its sources, and ends with advice.
-        why = " ".join(str(error).split()).rpartition("] ")[2] or str(error)
+        why = text.rpartition("] ")[2] or text
         raise RankError(
             "another rank of this training has ended; its own message says why "
             f"({why.split('. ')[0][:120]})"

@@ -73,6 +73,7 @@ class FrozenLLM:
     image_token_id: the token that slots carry.
     hidden_size: H.
     identity: what a checkpoint of a connector remembers of this model, JSON-able.
+    num_parameters: of the model as it was loaded.
     is_sharded: whether its layers are divided among ranks, which then run them together.
     """
 
@@ -81,6 +82,7 @@ class FrozenLLM:
     image_token_id: int
     hidden_size: int
     identity: dict[str, Any]
+    num_parameters: int
     is_sharded: bool = False
 
     @property
@@ -156,6 +158,7 @@ def freeze(
         image_token_id=_image_token_id(tokenizer, config, len(embedding.weight)),
         hidden_size=int(embedding.weight.shape[1]),
         identity=_identity(model, tokenizer, config),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
 
 

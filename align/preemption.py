@@ -12,7 +12,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Inside, the first of `SIGNALS` is noted and a second one does what it did before.
+    """Inside, the first of `SIGNALS` is noted, and further ones are ignored: Slurm signals every
+    process of a step, and torchrun's agent passes its own signal on as well.
 
     signal: the one that came; None so far. Only the main thread can listen; in another one this
     does nothing.
@@ -33,5 +34,4 @@ class StopRequest:
         self._before = {}
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self.__exit__()
+        self.signal = self.signal or signal.Signals(number)

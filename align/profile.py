@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from align.errors import RunError
 from align.run import Run
 from align.tracking import NoticeEvent
 
@@ -34,13 +34,17 @@ def recorded(
     name = f"rank-{run.ranks.index}"
 
     def write(done: profile) -> None:
-        folder.mkdir(exist_ok=True)
         trace = folder / f"{name}.trace.json.gz"
-        done.export_chrome_trace(str(trace))
+        try:
+            folder.mkdir(exist_ok=True)
+            done.export_chrome_trace(str(trace))
+        except OSError as error:
+            raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
         by = "self_cuda_time_total" if run.model.device.type == "cuda" else "self_cpu_time_total"
         text = done.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60)
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-        tell(NoticeEvent(f"profile of {RECORDED} steps: {trace}, {Path(folder) / f'{name}.txt'}"))
+        table = trace.with_name(f"{name}.txt")
+        table.write_text(text, encoding="utf-8")
+        tell(NoticeEvent(f"profile of up to {RECORDED} steps: {trace}, {table}"))
 
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():

@@ -148,7 +148,9 @@ class Run:
         """
         if split not in self._loaders:
             samples = self.splits.split(split)
-            limits = self.limits if split == "train" else None
+            limits = self.limits
+            if split != "train":  # the same memory, but a row for each sample
+                limits = dataclasses.replace(limits, packed=False)
             self._loaders[split] = self.loader_of(samples, limits)
         return self._loaders[split]
 

@@ -212,6 +212,8 @@ class Session:
         folder = self.run.folder
         if self.ranks.is_main:
             folder.write_info({**folder.read_info(), "status": status, "step": self.run.step})
+        # A launcher may end all ranks when one ends, and the main one was still writing.
+        self.ranks.wait()
 
     def _not_finite(self, step: int, loss: float, norm: float) -> None:
         """Names a step's samples in not_finite.jsonl; raises AlignError where it ends the run."""
@@ -309,6 +311,8 @@ def start_session(
             f"{sampler.num_samples:,} training samples over 100 times; make it smaller"
         )
     total_steps = train.steps or sampler.steps_in(train.epochs)
+    if ranks.count > 1:
+        _require_same_start(run, total_steps, found[-1].step if found else 0)
     session = Session(
         run, optimizer, sampler, loader, total_steps, on_event, MetricsLog(folder.metrics)
     )
@@ -324,6 +328,7 @@ def start_session(
         if ranks.is_main:
             remove_partial(folder.checkpoints)
             session.log.drop_after(run.step)
+            MetricsLog(folder.not_finite).drop_after(run.step)
         if ranks.is_main and before.data != config.data:
             # Its evaluations look where the run looks, and may do without what it does without.
             save_config(replace(before, data=config.data), folder.config)
@@ -374,6 +379,24 @@ def start_session(
     return session
 
 
+def _require_same_start(run: Run, total_steps: int, step: int) -> None:
+    """Raises RunError where a rank would begin another run than the main one, in every rank."""
+    begin = {
+        "step": step,
+        "step_size": run.step_size,
+        "total_steps": total_steps,
+        "config": config_dict(run.config),
+        "data": run.identity()["data"],
+    }
+    first, *others = run.ranks.gather(begin)
+    for rank, other in enumerate(others, start=1):
+        if changed := diff_fields(first, other):
+            raise RunError(
+                f"{run.path}: rank {rank} would not begin where rank 0 does: {'; '.join(changed)}; "
+                "give all ranks the same command, and an --out, store and data that all can reach"
+            )
+
+
 def _begin_folder(folder: RunFolder, config: RunConfig) -> None:
     """Raises RunError where it cannot be written."""
     out = folder.path
@@ -400,7 +423,7 @@ def _info(session: Session, features: Sequence[StorePath | str]) -> dict[str, ob
         "llm": run.model.llm.identity,
         "parameters": {
             "connector": sum(p.numel() for p in run.model.connector.parameters()),
-            "llm": sum(p.numel() for p in run.model.llm.model.parameters()),
+            "llm": run.model.llm.num_parameters,
         },
         "samples": {
             "train": len(run.splits.train),

@@ -17,7 +17,8 @@ from featcache.files import publish
 class StepEvent:
     """A log line, about step `step` (the steps done so far) unless said otherwise.
 
-    loss: mean over the step's supervised tokens, nats. grad_norm: before clipping.
+    loss: mean over the step's supervised tokens, nats. grad_norm: before clipping. Where a step was
+    skipped (`train.not_finite`), both are of the newest one that was not.
     epoch: passes over the training samples so far.
     samples_per_s, tokens_per_s (all tokens, visual and padding ones included), data_wait_ratio
     (share of the time spent waiting for features): over the steps since the last line, without

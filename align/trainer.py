@@ -159,12 +159,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def sum_gradients(ranks: Ranks, parameters: Sequence[nn.Parameter], loss_sum: Tensor) -> None:
-    """Gradients and the summed loss, in place, over all ranks; a rank that had nothing to learn
-    from adds zeros."""
+    """Gradients and the summed loss, in place, over all ranks. A parameter that had no part in a
+    batch has a gradient of zeros: whether it decays must not hang on how a step was cut."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     if ranks.count > 1:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         ranks.sum_tensors([loss_sum, *(p.grad for p in parameters if p.grad is not None)])
 
 
@@ -204,9 +204,9 @@ def evaluate_loss(run: Run, limit: int = 0) -> EvalEvent:
     loader, ranks = run.loader("val"), run.ranks
     count = min(limit, len(loader.samples)) if limit else len(loader.samples)
     loss_sum, tokens, samples = torch.zeros((), device=run.model.device), 0, 0
-    batches = in_order(count, run.config.train.batch_size, ranks.index, ranks.count)
-    with _eval_mode(run):
-        for batch in loader.stream(batches):
+    whole = in_order(count, run.config.train.batch_size * ranks.count)
+    with _eval_mode(run), closing(loader.stream_steps(whole, ranks.index, ranks.count)) as batches:
+        for batch, _ in batches:
             if batch.num_supervised:
                 loss, supervised = run.model(batch.to(run.model.device))
                 loss_sum += loss

@@ -102,14 +102,7 @@ class StepSampler:
         return self._epochs[epoch]
 
 
-def in_order(
-    num_samples: int, batch_size: int, rank: int = 0, ranks: int = 1
-) -> Iterator[NDArray[np.int64]]:
-    """int64[<= batch_size] batches of 0, 1, ..., num_samples - 1: evaluation never shuffles.
-
-    Of several ranks each takes every so manieth, and all equally many: the last may be empty.
-    """
-    batches = -(-num_samples // batch_size)
-    for number in range(rank, -(-batches // ranks) * ranks, ranks):
-        start = number * batch_size
-        yield np.arange(start, max(start, min(start + batch_size, num_samples)))
+def in_order(num_samples: int, batch_size: int) -> Iterator[NDArray[np.int64]]:
+    """int64[<= batch_size] batches of 0, 1, ..., num_samples - 1: evaluation never shuffles."""
+    for start in range(0, num_samples, batch_size):
+        yield np.arange(start, min(start + batch_size, num_samples))

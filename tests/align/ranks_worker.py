@@ -17,6 +17,6 @@ from align.trainer import train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with joined_ranks(torch.device("cpu")):
+    with joined_ranks(torch.device("cpu")) as ranks:
         for config, store, run in json.loads(Path(sys.argv[1]).read_text()):
-            train(load_config(config), [store], run, resume=True)
+            train(load_config(config), [store], run.format(rank=ranks.index), resume=True)

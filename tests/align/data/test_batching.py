@@ -73,13 +73,3 @@ def test_fewer_samples_than_ranks() -> None:
     shares = divide([5, 6], BatchLimits(8), ranks=4)
     assert sorted(len(batch) for [batch] in shares) == [0, 0, 1, 1]
     assert divide([], BatchLimits(8), ranks=2) == [[], []]
-
-
-def test_the_same_lengths_are_divided_alike_everywhere() -> None:
-    """Ranks work it out for themselves."""
-    lengths = [7] * 30
-    for _ in range(3):
-        again = divide(lengths, BatchLimits(4), 3)
-        assert [[b.tolist() for b in share] for share in again] == [
-            [b.tolist() for b in share] for share in divide(list(lengths), BatchLimits(4), 3)
-        ]

@@ -47,14 +47,6 @@ def test_in_order_covers_all_with_a_short_last_batch() -> None:
     assert list(in_order(0, 2)) == []
 
 
-@pytest.mark.parametrize(("n", "ranks"), [(5, 2), (3, 4), (12, 3), (0, 2)])
-def test_ranks_share_what_is_in_order_and_have_equally_many(n: int, ranks: int) -> None:
-    shares = [list(in_order(n, 2, rank, ranks)) for rank in range(ranks)]
-    assert len({len(share) for share in shares}) == 1
-    together = [batch for turn in zip(*shares, strict=True) for batch in turn]
-    assert np.concatenate([*together, np.empty(0)]).tolist() == list(range(n))
-
-
 def windowed(n: int, shard: int, size: int, seed: int = 0, **changes: Any) -> StepSampler:
     """Samples in the order of the store, all shards but the last full."""
     windows = Windows((np.arange(n) // shard).astype(np.int32), size)
