@@ -105,12 +105,12 @@ class Layout(nn.Module):
         device = tokens.device
         # Two copies, each to places of its own, so that no gradient is summed in any order but one.
         slots = flat.new_empty(count, flat.shape[1])
-        own = flat.index_select(0, kept.to(device, non_blocking=True))
-        slots = slots.index_copy(0, token_slots.to(device, non_blocking=True), own)
+        own = flat.index_select(0, _send(kept, device))
+        slots = slots.index_copy(0, _send(token_slots, device), own)
         if self.newline is None:
             return slots
         rows = self.newline.to(flat.dtype).expand(len(newline_slots), -1)
-        return slots.index_copy(0, newline_slots.to(device, non_blocking=True), rows)
+        return slots.index_copy(0, _send(newline_slots, device), rows)
 
     def _plan(self, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, int]:
         """Of all images: which tokens are kept, the slots that they and the newlines come to
@@ -135,3 +135,8 @@ class Layout(nn.Module):
             torch.cat([empty, *newline_slots]),
             count,
         )
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for what the device is at, as a copy from pageable memory may."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -194,7 +194,9 @@ class Sva(nn.Module):
         windows = [cut_windows(grid, side) for grid in tokens]
         mask = self.mask(sizes) if self.mask_padding and sizes else None
         if mask is not None:
-            mask = mask.to(context.device, non_blocking=True)
+            # From pageable memory the copy may wait for what the device is at.
+            on_cuda = context.device.type == "cuda"
+            mask = (mask.pin_memory() if on_cuda else mask).to(context.device, non_blocking=True)
         outputs = []
         for vector, layers in zip(self.vision_query, self.samplers, strict=True):
             queries = vector.expand(len(sizes), self.num_tokens, -1)

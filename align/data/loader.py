@@ -1,7 +1,8 @@
 """Batches of a split: tokenised and read ahead of their use.
 
-Two things happen in the background, each in order: a thread turns records into tokens and cuts
-steps into batches; the reader's threads bring the features of the batches that are known.
+Two things happen in the background, each in order: a thread turns records into tokens, cuts steps
+into batches and lays these out; the reader's threads bring the features of the batches that are
+known. What is left to the loop is to put the two together.
 
 I images in a batch, K stores
 """
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +26,6 @@ from align.data.collate import Batch, collate
 from align.data.dataset import LeftOut, Sample
 from align.data.tokens import SampleEncoder, TokenizedSample
 from align.errors import TemplateError
-from featcache.codecs import StoredFeatures
 from featcache.join import JoinReader
 
 T = TypeVar("T")
@@ -39,10 +39,13 @@ STEPS_AHEAD = 2
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The samples of one batch; ends_step: whether it is the last one of a step."""
+    """A batch that still lacks its features. rows: int64[I, K], where these are.
 
-    tokenized: list[TokenizedSample]
-    samples: list[Sample]
+    ends_step: whether it is the last one of a step.
+    """
+
+    batch: Batch
+    rows: NDArray[np.int64]
     ends_step: bool = True
 
 
@@ -73,7 +76,7 @@ class Loader:
 
         A batch lacks the samples that cannot be used; where that is all of them, it has no rows.
         """
-        with closing(in_background(self._tokenize, index_batches, STEPS_AHEAD)) as parts:
+        with closing(in_background(self._part, index_batches, STEPS_AHEAD)) as parts:
             for _, batch in self._read(parts):
                 yield batch
 
@@ -90,15 +93,11 @@ class Loader:
         assert limits is not None, "a loader that is not of a training"
 
         def cut(indices: NDArray[np.int64]) -> list[_Part]:
-            whole = self._tokenize(indices)
-            lengths = [len(each.input_ids) for each in whole.tokenized]
+            usable = self._tokenize(indices)
+            lengths = [len(tokens.input_ids) for tokens, _ in usable]
             mine = divide(lengths, limits, ranks)[rank] or [np.empty(0, np.int64)]
             return [
-                _Part(
-                    [whole.tokenized[i] for i in places],
-                    [whole.samples[i] for i in places],
-                    ends_step=number == len(mine) - 1,
-                )
+                self._lay_out([usable[i] for i in places], ends_step=number == len(mine) - 1)
                 for number, places in enumerate(mine)
             ]
 
@@ -108,13 +107,13 @@ class Loader:
 
     def load(self, indices: NDArray[np.int64]) -> Batch:
         """One batch with memory of its own, without the samples that cannot be used."""
-        part = self._tokenize(indices)
-        return self._collate(part, self.reader.read_stored(self._rows(part)))
+        part = self._part(indices)
+        return replace(part.batch, features=self.reader.read_stored(part.rows))
 
     def usable(self) -> Iterator[int]:
         """Indices of the samples that a sequence can be made of; the others go to `skipped`."""
         for index in range(len(self.samples)):
-            if self._tokenize(np.array([index])).samples:
+            if self._tokenize(np.array([index])):
                 yield index
 
     def _read(self, parts: Iterable[_Part]) -> Generator[tuple[_Part, Batch], None, None]:
@@ -123,31 +122,35 @@ class Loader:
         def rows() -> Iterator[NDArray[np.int64]]:
             for part in parts:
                 ahead.append(part)
-                yield self._rows(part)
+                yield part.rows
 
         with closing(self.reader.stream(rows(), self.device)) as stream:
             for features in stream:
                 part = ahead.popleft()
-                yield part, self._collate(part, features)
+                yield part, replace(part.batch, features=features)
 
-    def _collate(self, part: _Part, features: Sequence[StoredFeatures]) -> Batch:
-        return collate(
-            part.tokenized,
-            part.samples,
-            features,
-            self.sizes_of(self._rows(part)),
+    def _part(self, indices: NDArray[np.int64]) -> _Part:
+        return self._lay_out(self._tokenize(indices))
+
+    def _lay_out(
+        self, usable: Sequence[tuple[TokenizedSample, Sample]], ends_step: bool = True
+    ) -> _Part:
+        samples = [sample for _, sample in usable]
+        nothing = np.empty((0, len(self.reader.readers)), np.int64)
+        rows = np.concatenate([nothing, *(sample.rows for sample in samples)])
+        batch = collate(
+            [tokens for tokens, _ in usable],
+            samples,
+            (),
+            self.sizes_of(rows),
             packed=self.limits is not None and self.limits.packed,
             length_multiple=1 if self.limits is None else self.limits.length_multiple,
         )
+        return _Part(batch, rows, ends_step)
 
-    def _rows(self, part: _Part) -> NDArray[np.int64]:
-        """int64[I, K]: of all its images."""
-        nothing = np.empty((0, len(self.reader.readers)), np.int64)
-        return np.concatenate([nothing, *(sample.rows for sample in part.samples)])
-
-    def _tokenize(self, indices: NDArray[np.int64]) -> _Part:
-        tokenized: list[TokenizedSample] = []
-        samples: list[Sample] = []
+    def _tokenize(self, indices: NDArray[np.int64]) -> list[tuple[TokenizedSample, Sample]]:
+        """Of those that can be used."""
+        usable: list[tuple[TokenizedSample, Sample]] = []
         for index in indices.tolist():
             sample = self.samples[index]
             known = self._tokenized.get(index)
@@ -163,18 +166,14 @@ class Loader:
                 # At 558K samples only some would be kept, and an epoch is hours away anyhow.
                 if len(self._tokenized) < CACHED_SAMPLES:
                     self._tokenized[index] = known
-            tokenized.append(known)
-            samples.append(sample)
-        return _Part(tokenized, samples)
+            usable.append((known, sample))
+        return usable
 
 
 def in_background(
     function: Callable[[S], T], items: Iterable[S], ahead: int
 ) -> Generator[T, None, None]:
-    """`map(function, items)`, in order, computed in one thread up to `ahead` results early.
-
-    An exception of `function` is raised in its place.
-    """
+    """`map(function, items)`, in order, computed in one thread up to `ahead` results early."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="align-tokens")
     pending: deque[Future[T]] = deque()
     try:

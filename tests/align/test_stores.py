@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-import align.data.loader
 import featcache
 from align.checkpoint import find_checkpoint
 from align.config import RunConfig, load_config
@@ -281,15 +280,16 @@ def test_training_from_codes_is_training_from_what_they_stand_for(
     stored = folder.parent / "stored"
     train(make_config("connector.dropout=0.1"), [store], stored)
     assert find_checkpoint(stored / "checkpoints").state()["features"][0]["codec"]["name"] == codec
-    collate = align.data.loader.collate
+    move = Batch.to
     seen = []
 
-    def of_floats(tokenized: Any, samples: Any, features: Any, sizes: Any) -> Batch:
-        (stored,) = features
+    def of_floats(batch: Batch, device: torch.device) -> Batch:
+        (stored,) = batch.features
+        assert isinstance(stored, StoredFeatures)
         seen.append(stored.codes.dtype)
-        return collate(tokenized, samples, [stored.decode(torch.float32)], sizes)
+        return move(replace(batch, features=(stored.decode(torch.float32),)), device)
 
-    monkeypatch.setattr(align.data.loader, "collate", of_floats)
+    monkeypatch.setattr(Batch, "to", of_floats)
     train(make_config("connector.dropout=0.1"), [store], folder.parent / "floats")
     assert set(seen) == {CODECS[codec].dtype}
     assert_same(stored, folder.parent / "floats")
