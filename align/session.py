@@ -80,7 +80,7 @@ FREE_TO_CHANGE = (
     "train.verify_features",
 )
 """Settings, or whole sections, that may differ when a run is resumed: they decide what is told or
-refused, or how the samples of a step are cut into passes, not what is learned. `train.precision`
+refused, or how a step is computed, not what is learned. `train.precision`
 may be named where it was "auto", and the data may have moved: what they come to, precision and
 records, is compared."""
 
