@@ -1,8 +1,9 @@
 """How the samples of an optimizer step are cut into forward passes, and dealt to ranks.
 
 The gradient of a step is a sum over its samples, so how they are cut changes rounding (and, where
-the connector has dropout, what is dropped) and nothing else: a step may be cut by length to save padding, by a budget of tokens, for one process or for
-many, and for another number of them when a run is resumed.
+the connector has dropout, what is dropped) and nothing else. A step may be cut by length to save
+padding, by a budget of tokens, for one process or for many, and for another number of them when a
+run is resumed.
 
 G samples of a step, R ranks, T tokens of a sample
 """
