@@ -58,6 +58,19 @@ def test_however_a_step_is_cut_it_learns_the_same(
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), 1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_compiled_run_learns_the_same(
+    store: Store, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """With batches of several lengths, evaluations and captions in between."""
+    options = ("train.grad_accum=2", "train.sample_every=2", "eval.max_new_tokens=4")
+    train(make_config(*options), [store.path], tmp_path / "plain")
+    train(make_config(*options, "train.compile=true"), [store.path], tmp_path / "compiled")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), 1e-5)
+
+
 def test_a_packed_run_is_evaluated_like_any(
     store: Store, make_config: MakeConfig, tmp_path: Path
 ) -> None:
