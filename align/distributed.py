@@ -133,13 +133,19 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
                 f"{rank}: {name} is not set, so the ranks cannot find one another; export the "
                 "first machine's address and a free port, or start with torchrun"
             )
-    dist.init_process_group(
-        "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
-        rank=rank.index,
-        world_size=rank.world,
-        timeout=TIMEOUT,
-        device_id=gpu,
-    )
+    try:
+        dist.init_process_group(
+            "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
+            rank=rank.index,
+            world_size=rank.world,
+            timeout=TIMEOUT,
+            device_id=gpu,
+        )
+    except dist.DistError as error:
+        raise RankError(
+            f"{rank}: the other ranks were not found at MASTER_ADDR={os.environ['MASTER_ADDR']}, "
+            f"MASTER_PORT={os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
+        ) from error
     try:
         with _lost_ranks_told():
             yield Ranks(rank.index, rank.world, rank.local)

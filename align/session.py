@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +26,10 @@ from align.data.dataset import LeftOutRecord, with_sources
 from align.data.loader import Loader
 from align.data.sampling import StepSampler
 from align.distributed import ALONE, Ranks
-from align.errors import AlignError, CheckpointError, DataError, RunError
-from align.flop import peak_flops
+from align.errors import AlignError, DataError, RunError
 from align.init_from import initialise
 from align.optim import build_optimizer
+from align.resume import require_same_config, require_same_learning, require_same_start
 from align.run import Run, RunFolder, absolute, absolute_paths, assemble, restore, versions
 from align.tracking import (
     LOGGED,
@@ -40,49 +39,12 @@ from align.tracking import (
     MetricsLog,
     NoticeEvent,
     OnEvent,
-    StepEvent,
 )
 from featcache.errors import ConfigError
 from featcache.files import publish
 from featcache.object_path import StorePath
 
 E = TypeVar("E", bound=Event)
-T = TypeVar("T")
-
-FREE_TO_CHANGE = (
-    "data.files",
-    "data.images",
-    "data.max_missing",
-    "eval",
-    "train.batch_tokens",
-    "train.device",
-    "train.cache_dir",
-    "train.cache_gb",
-    "train.checkpoint_activations",
-    "train.compile",
-    "train.eval_every",
-    "train.eval_samples",
-    "train.keep_best",
-    "train.keep_checkpoints",
-    "train.length_multiple",
-    "train.log_every",
-    "train.not_finite",
-    "train.packing",
-    "train.precision",
-    "train.read_ahead",
-    "train.read_budget_mb",
-    "train.read_mode",
-    "train.read_threads",
-    "train.sample_every",
-    "train.samples",
-    "train.save_every",
-    "train.shard_llm",
-    "train.verify_features",
-)
-"""Settings, or whole sections, that may differ when a run is resumed: they decide what is told or
-refused, or how a step is computed, not what is learned. `train.precision`
-may be named where it was "auto", and the data may have moved: what they come to, precision and
-records, is compared."""
 
 NOT_FINITE_IN_A_ROW = 10
 """Steps without a finite gradient after which `train.not_finite=skip` stops as well."""
@@ -290,7 +252,7 @@ def start_session(
         raise RunError(f"{out}: already holds a run; give --resume or another --out")
     if found:
         before = load_config(folder.config)
-        _check_same_config(before, config, out)
+        require_same_config(before, config, out)
         data = config.data
         # Left out they mean the run's: the store's own may be of what was appended since.
         data = replace(
@@ -312,7 +274,7 @@ def start_session(
         )
     total_steps = train.steps or sampler.steps_in(train.epochs)
     if ranks.count > 1:
-        _require_same_start(run, total_steps, found[-1].step if found else 0)
+        require_same_start(run, total_steps, found[-1].step if found else 0)
     session = Session(
         run, optimizer, sampler, loader, total_steps, on_event, MetricsLog(folder.metrics)
     )
@@ -320,7 +282,7 @@ def start_session(
     if found:
         checkpoint = find_checkpoint(folder.checkpoints)
         state = restore(run, checkpoint)
-        _check_same_learning(state, run)
+        require_same_learning(state, run)
         load_optimizer(checkpoint, run.model.connector, optimizer)
         session.loss = state["loss"]
         session.eval_loss, session.eval_step = state["eval_loss"], state["eval_step"]
@@ -377,24 +339,6 @@ def start_session(
             )
         )
     return session
-
-
-def _require_same_start(run: Run, total_steps: int, step: int) -> None:
-    """Raises RunError where a rank would begin another run than the main one, in every rank."""
-    begin = {
-        "step": step,
-        "step_size": run.step_size,
-        "total_steps": total_steps,
-        "config": config_dict(run.config),
-        "data": run.identity()["data"],
-    }
-    first, *others = run.ranks.gather(begin)
-    for rank, other in enumerate(others, start=1):
-        if changed := diff_fields(first, other):
-            raise RunError(
-                f"{run.path}: rank {rank} would not begin where rank 0 does: {'; '.join(changed)}; "
-                "give all ranks the same command, and an --out, store and data that all can reach"
-            )
 
 
 def _begin_folder(folder: RunFolder, config: RunConfig) -> None:
@@ -459,154 +403,3 @@ def _write_left_out(path: Path, records: Sequence[LeftOutRecord]) -> None:
 def _first(names: Sequence[str]) -> str:
     """The first few names, for a message."""
     return f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
-
-
-def _is_free_to_change(setting: str, free: Sequence[str]) -> bool:
-    """setting: a dotted path. free: settings, or whole sections."""
-    return any(setting == each or setting.startswith(f"{each}.") for each in free)
-
-
-def _check_same_config(before: RunConfig, now: RunConfig, out: Path) -> None:
-    free: tuple[str, ...] = FREE_TO_CHANGE
-    if before.train.batch_size * before.train.grad_accum == (
-        now.train.batch_size * now.train.grad_accum
-    ):
-        free = (*free, "train.batch_size", "train.grad_accum")
-    changed = [
-        line
-        for line in diff_fields(config_dict(before), config_dict(now))
-        if not _is_free_to_change(line.split(":")[0], free)
-    ]
-    if changed:
-        raise RunError(
-            f"{out}: cannot be resumed with other settings: {'; '.join(changed)}; "
-            "give the same ones or choose another --out"
-        )
-
-
-def _check_same_learning(state: dict[str, Any], run: Run) -> None:
-    """Refuses what would make the rest of the run another one: a precision, training samples, their
-    images, the shards that order them, channel values of the codec."""
-    identity = run.identity()
-    if state.get("precision") != identity["precision"]:
-        raise CheckpointError(
-            f"{run.path}: was trained in {state.get('precision')} and cannot be resumed in "
-            f"{identity['precision']}; give train.precision={state.get('precision')}"
-        )
-    before, now = state["data"], identity["data"]
-    changed = diff_fields(before, now)
-    if [line.split(":")[0] for line in changed] == ["images"]:
-        raise CheckpointError(
-            f"{run.path}: cannot be resumed: image files of its training samples have changed, and "
-            f"{run.store.path} has the features of the new ones: {'; '.join(changed)}; bring the "
-            "old files back and run `featcache extract` again, or start another --out"
-        )
-    if [line.split(":")[0] for line in changed] == ["shards"]:
-        raise CheckpointError(
-            f"{run.path}: cannot be resumed: its training samples lie in other shards of "
-            f"{run.store.path} than of the store it was started on, and train.shuffle_window goes "
-            f"by these: {'; '.join(changed)}; use that store, or start another --out"
-        )
-    if changed:
-        raise CheckpointError(
-            f"{run.path}: cannot be resumed on other training samples: "
-            f"{'; '.join(changed)}; give the data it was started with"
-        )
-    pairs = zip(state["features"], identity["features"], run.stores.stores, strict=True)
-    for before, now, store in pairs:
-        if before["codec"] != now["codec"]:
-            raise CheckpointError(
-                f"{run.path}: cannot be resumed: {store.path} has other channel values of its "
-                f"codec {now['codec']['name']} than the store it was started on, so its features "
-                "are rounded otherwise; use that store, or start another --out"
-            )
-
-
-@dataclass(slots=True)
-class Work:
-    """What a step has done. supervised, tokens, samples: of its batches, tokens with padding.
-
-    flop: operations that they needed, 0 where not known.
-    stops: ranks that were asked to stop meanwhile.
-    """
-
-    supervised: int = 0
-    samples: int = 0
-    tokens: int = 0
-    flop: int = 0
-    stops: int = 0
-
-    def add(self, batch: Batch, flop: int | None) -> None:
-        self.supervised += batch.num_supervised
-        self.samples += len(batch.ids)
-        self.tokens += batch.input_ids.numel()
-        self.flop += flop or 0
-
-    def sum(self, ranks: Ranks) -> Work:
-        """Of all ranks."""
-        return Work(*ranks.sum_counts(*astuple(self)))
-
-
-@dataclass(slots=True)
-class Meter:
-    """Time, waiting and work between two log lines, without what is `paused`. Seconds."""
-
-    since: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    excluded: float = 0.0
-    samples: int = 0
-    tokens: int = 0
-    flop: int = 0
-
-    def wait_for(self, batches: Iterator[T]) -> T:
-        started = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - started
-        return batch
-
-    def count(self, work: Work) -> None:
-        """A step's, of all ranks."""
-        self.samples += work.samples
-        self.tokens += work.tokens
-        self.flop += work.flop
-
-    def paused(self) -> _Pause:
-        return _Pause(self)
-
-    def line(self, session: Session, loss: float, grad_norm: float, lr: float) -> StepEvent:
-        """The log line of the steps since the last; call it after asking the device for the loss,
-        so that the device's work is within the time.
-        """
-        seconds = time.perf_counter() - self.since - self.excluded
-        device = session.run.model.device
-        cuda = device.type == "cuda"
-        flop_per_s = self.flop / seconds / session.ranks.count or None
-        peak = peak_flops(device)
-        event = StepEvent(
-            step=session.run.step,
-            total_steps=session.total_steps,
-            epoch=session.run.step * session.sampler.step_size / session.sampler.num_samples,
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            samples_per_s=self.samples / seconds,
-            tokens_per_s=self.tokens / seconds,
-            data_wait_ratio=self.waited / seconds,
-            memory_bytes=torch.cuda.max_memory_allocated(device) if cuda else 0,
-            flop_per_s=flop_per_s,
-            mfu=flop_per_s / peak if flop_per_s and peak else None,
-        )
-        self.since, self.waited, self.excluded = time.perf_counter(), 0.0, 0.0
-        self.samples = self.tokens = self.flop = 0
-        return event
-
-
-class _Pause:
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._meter.excluded += time.perf_counter() - self._started

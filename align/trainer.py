@@ -24,11 +24,12 @@ from align.data.sampling import in_order
 from align.data.templates import answer
 from align.distributed import Ranks, joined_ranks
 from align.errors import AlignError, DataError
+from align.meter import Meter, Work
 from align.optim import lr_at, set_lr
 from align.preemption import StopRequest
 from align.profile import recorded
 from align.run import Run
-from align.session import Meter, Session, Work, start_session
+from align.session import Session, start_session
 from align.tracking import EvalEvent, OnEvent, SampleCaption, SampleEvent
 from featcache.device import resolve_device
 from featcache.object_path import StorePath
@@ -132,7 +133,7 @@ def _steps(
             last = run.step == session.total_steps
             if _due(run.step, every.log_every, last):
                 if session.unchecked and (newest := session.check_finite()):
-                    session.tell(meter.line(session, *newest, lr))
+                    session.tell(meter.line(run, session.total_steps, *newest, lr))
                 session.tell_skipped()
             if of_all.stops and not last:
                 session.save()

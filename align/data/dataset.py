@@ -123,10 +123,11 @@ class LeftOut:
 
     def add(self, reason: str, name: str) -> None:
         """One more, `name` being a record's id or origin."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
+        # In this order: one thread may print what another one adds.
         names = self.first.setdefault(reason, [])
         if len(names) < 3:
             names.append(name)
+        self.counts[reason] = self.counts.get(reason, 0) + 1
 
     @property
     def total(self) -> int:

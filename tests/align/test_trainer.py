@@ -25,8 +25,8 @@ from align.config import RunConfig, config_dict, load_config, save_config
 from align.data.sampling import StepSampler
 from align.errors import AlignError, CheckpointError, DataError, RunError
 from align.evaluate import evaluate
+from align.resume import FREE_TO_CHANGE, is_free_to_change
 from align.run import RunFolder, absolute_paths, assemble, load_run
-from align.session import FREE_TO_CHANGE, _is_free_to_change
 from align.tracking import (
     CheckpointEvent,
     EvalEvent,
@@ -624,7 +624,7 @@ def test_only_the_named_settings_may_change_when_a_run_is_resumed() -> None:
     """A setting whose name begins like another one is not let through with it."""
 
     def is_free(setting: str) -> bool:
-        return _is_free_to_change(setting, FREE_TO_CHANGE)
+        return is_free_to_change(setting, FREE_TO_CHANGE)
 
     assert all(is_free(setting) for setting in ("data.max_missing", "eval.seed"))
     for setting in ("data.max_missing_images", "data.max", "evaluation.seed", "train.samples_seen"):
