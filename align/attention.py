@@ -177,7 +177,5 @@ def of_documents(documents: Documents | None) -> dict[str, Any]:
     return {
         "position_ids": documents.positions,
         "cu_seq_lens_q": documents.cumulative,
-        "cu_seq_lens_k": documents.cumulative,
         "max_length_q": documents.longest,
-        "max_length_k": documents.longest,
     }

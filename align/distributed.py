@@ -48,7 +48,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes of one training. index: this one's place among `count`. local: on its machine.
+    """The processes of one training. index: this one's place among `count`.
 
     Of one process all methods return at once. Where another rank has ended they raise what torch
     does, which `joined_ranks` turns into a RankError.
@@ -56,7 +56,6 @@ class Ranks:
 
     index: int = 0
     count: int = 1
-    local: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -116,9 +115,8 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     what torch raises when another rank has ended.
     """
     if dist.is_initialized():
-        local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
         with _lost_ranks_told():
-            yield Ranks(dist.get_rank(), dist.get_world_size(), local)
+            yield Ranks(dist.get_rank(), dist.get_world_size())
         return
     rank = rank_from(os.environ)
     if rank is None:
@@ -148,7 +146,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         ) from error
     try:
         with _lost_ranks_told():
-            yield Ranks(rank.index, rank.world, rank.local)
+            yield Ranks(rank.index, rank.world)
     finally:
         dist.destroy_process_group()
 

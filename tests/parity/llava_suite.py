@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import (
+    BaseImageProcessor,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -118,16 +120,32 @@ class Pair:
 
 def make_pair(
     root: Path,
-    theirs: LlavaForConditionalGeneration,
+    tower: PreTrainedModel,
     language_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    processor: Callable[..., dict[str, Tensor]],
+    processor: BaseImageProcessor,
     *,
+    strategy: str,
     image_token: str,
     patches: int,
 ) -> Pair:
-    """Our parts with the weights of `theirs`. language_model: of its text config, any weights.
-    root: has encoder/, a checkpoint of the tower and the processor of `theirs`."""
+    """Theirs with random weights, and our parts with the same: what tower and language_model have
+    is overwritten. strategy: `vision_feature_select_strategy`. root: gets encoder/, a checkpoint of
+    the tower with its processor."""
+    torch.manual_seed(1)
+    theirs = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=tower.config,
+            text_config=language_model.config,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy=strategy,
+            image_seq_length=patches,
+            image_token_index=tokenizer.convert_tokens_to_ids(image_token),
+        )
+    )
+    tower.load_state_dict(theirs.model.vision_tower.state_dict())
+    tower.save_pretrained(root / "encoder")
+    processor.save_pretrained(root / "encoder")
     torch.manual_seed(0)
     for i in range(NUM_IMAGES):
         noise = torch.randint(0, 256, (40, 30 + 3 * i, 3), dtype=torch.uint8)
@@ -144,8 +162,8 @@ def make_pair(
     language_model.base_model.load_state_dict(theirs.model.language_model.state_dict())
     language_model.get_output_embeddings().load_state_dict(theirs.lm_head.state_dict())
     llm = freeze(language_model, tokenizer, LLMConfig(image_token=image_token))
-    tower = (patches, theirs.config.vision_config.hidden_size)
-    connector = build_connector(MlpConfig(), [tower], llm.hidden_size)
+    widths = (patches, tower.config.hidden_size)
+    connector = build_connector(MlpConfig(), [widths], llm.hidden_size)
     projector = theirs.model.multi_modal_projector.state_dict()
     connector.load_state_dict({ours: projector[name] for ours, name in PROJECTOR.items()})
     return Pair(root, theirs, AlignModel(connector, llm), processor)

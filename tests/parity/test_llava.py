@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import (
     AutoTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipVisionConfig,
@@ -28,7 +25,6 @@ P = 16
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     root = tmp_path_factory.mktemp("qwen3")
-    torch.manual_seed(1)
     tower = SiglipVisionConfig(
         hidden_size=48,
         intermediate_size=96,
@@ -50,27 +46,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    theirs = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=tower,
-            text_config=text,
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="full",
-            image_seq_length=P,
-            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        )
-    )
-    model = SiglipVisionModel(tower)
-    model.load_state_dict(theirs.model.vision_tower.state_dict())
-    model.save_pretrained(root / "encoder")
     processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    processor.save_pretrained(root / "encoder")
     return make_pair(
         root,
-        theirs,
+        SiglipVisionModel(tower),
         Qwen3ForCausalLM(text),
         tokenizer,
         processor,
+        strategy="full",
         image_token=IMAGE_TOKEN,
         patches=P,
     )

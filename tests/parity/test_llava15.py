@@ -13,8 +13,6 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -63,7 +61,6 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     root = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(1)
     tower = CLIPVisionConfig(
         hidden_size=48,
         intermediate_size=96,
@@ -83,30 +80,17 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
-    theirs = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=tower,
-            text_config=text,
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-            image_seq_length=P,
-            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        )
-    )
-    model = CLIPVisionModel(tower)
-    model.load_state_dict(theirs.model.vision_tower.state_dict())
-    model.save_pretrained(root / "encoder")
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
-    processor.save_pretrained(root / "encoder")
     language_model = LlamaForCausalLM(text)
     pair = make_pair(
         root,
-        theirs,
+        CLIPVisionModel(tower),
         language_model,
         tokenizer,
         processor,
+        strategy="default",
         image_token=IMAGE_TOKEN,
         patches=P,
     )
